@@ -1,0 +1,164 @@
+"""`lazy_attention`: checks its arguments once and hands them to a backend."""
+
+import itertools
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kernels.blockwise import BLOCK, blockwise
+from kernels.reference import lazy_attention_reference
+from kernels.stats import LazyStats
+
+BACKENDS = ("auto", "reference", "blockwise")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def lazy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    *,
+    cu_seqlens: Tensor | None = ...,
+    position_offset: int = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_stats: Literal[False] = ...,
+    deterministic: bool = ...,
+) -> Tensor: ...
+@overload
+def lazy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    *,
+    cu_seqlens: Tensor | None = ...,
+    position_offset: int = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_stats: Literal[True],
+    deterministic: bool = ...,
+) -> tuple[Tensor, LazyStats]: ...
+def lazy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    tau: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    position_offset: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+    deterministic: bool = False,  # noqa: ARG001  (no backend has an order that may change)
+) -> Tensor | tuple[Tensor, LazyStats]:
+    """Causal attention with a learnable distance bias and Elastic-Softmax (Lazy Attention, arXiv 2601.00919).
+
+        s_ij = scale q_i.k_j + bias_h[i - j] (0 beyond W)      p_i = softmax over j <= i of s_ij
+        a_ij = max(p_ij + tau_h / n_i, 0)                      o_i = sum_j a_ij v_j
+
+    n_i is the number of tokens query i may attend to, its own included. The paper's v1 writes `- tau / n`
+    with tau = +1; here, as in the authors' released code, tau is added and starts at -1.
+
+    q             [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]: float32, bfloat16 float16 or float64,
+                  rotary embedding already applied, any strides, Lq <= Lk, Hq a multiple of Hkv.
+    bias          [Hq, W], tau [Hq]: float32 (float64 beside float64 inputs); they lose their updates in less.
+    cu_seqlens    int32 [N + 1], 0 = first <= ... <= last = Lq = Lk: N documents packed in a batch of one. n_i and i - j
+                  count inside a document, and nothing attends across.
+    position_offset  number of leading keys that were evicted from k and v: query i stands at
+                  position_offset + (Lk - Lq) + i, and n_i counts the evicted keys.
+    scale         of the dot products, 1 / sqrt(D) when None.
+    backend       auto (blockwise), reference or blockwise.
+    return_stats  also return a `kernels.stats.LazyStats`, which carries no gradient.
+    deterministic  forbid any reduction whose order may change from run to run. blockwise and reference never have one.
+
+    Returns the output [B, Hq, Lq, D] in q's dtype, or (output, stats). Differentiable in q, k, v, bias and tau, once.
+    Raises ValueError or TypeError naming the argument that does not fit.
+    """
+    check_arguments(q, k, v, bias, tau, cu_seqlens, position_offset, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "auto":
+        backend = "blockwise"
+    if backend == "reference":
+        out, stats = lazy_attention_reference(q, k, v, bias, tau, cu_seqlens, position_offset, scale)
+    else:
+        out, lse, mass, sparsity, mask = blockwise(q, k, v, bias, tau, cu_seqlens, position_offset, scale, return_stats)
+        stats = LazyStats(lse, mass, sparsity, mask, (BLOCK, BLOCK))
+    return (out, stats) if return_stats else out
+
+
+def check_arguments(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, cu_seqlens: Tensor | None, offset: int, backend: str
+) -> None:
+    """Raises one clear error for the first argument of `lazy_attention` that does not fit."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    for name, x, rank in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("bias", bias, 2), ("tau", tau, 1)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+        if x.dim() != rank:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected {rank} dimensions")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}; move them to one device")
+    _check_dtypes(q, k, v, bias, tau)
+    batch, heads, query_len, dim = q.shape
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {list(k.shape)} and v {list(v.shape)}; expected equal shapes")
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"k has shape {list(k.shape)}; expected [{batch}, Hkv, Lk, {dim}] to go with q {list(q.shape)}"
+        )
+    if min(q.numel(), k.numel()) == 0:
+        raise ValueError(f"q has shape {list(q.shape)} and k {list(k.shape)}; expected no empty dimension")
+    if heads % k.shape[1]:
+        raise ValueError(f"q has {heads} heads and k {k.shape[1]}; expected a multiple (grouped-query attention)")
+    if query_len > k.shape[2]:
+        raise ValueError(f"q has {query_len} positions and k {k.shape[2]}; expected Lq <= Lk, as attention is causal")
+    if bias.shape[0] != heads or bias.shape[1] < 1:
+        raise ValueError(
+            f"bias has shape {list(bias.shape)}; expected [{heads}, W] with W >= 1 to go with q's {heads} heads"
+        )
+    if tau.shape[0] != heads:
+        raise ValueError(f"tau has shape {list(tau.shape)}; expected [{heads}], one per query head")
+    if isinstance(offset, int) and offset < 0:
+        raise ValueError(f"position_offset is {offset}; expected the number of evicted keys, at least 0")
+    if cu_seqlens is not None:
+        _check_documents(q, k, cu_seqlens, offset)
+
+
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor) -> None:
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}; expected float32, bfloat16, float16 or float64")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype} and q {q.dtype}; cast them to one dtype")
+    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name, x in (("bias", bias), ("tau", tau)):
+        if x.dtype != expected:
+            raise TypeError(f"{name} has dtype {x.dtype}; expected {expected} beside q in {q.dtype}: keep it uncast")
+
+
+def _check_documents(q: Tensor, k: Tensor, cu_seqlens: Tensor, offset: int) -> None:
+    length = q.shape[2]
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; expected int32 [documents + 1]")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move them to one device")
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"q has batch size {q.shape[0]}; expected 1 with cu_seqlens, documents packed along the length"
+        )
+    if k.shape[2] != length:
+        raise ValueError(f"k has {k.shape[2]} positions and q {length}; expected as many with cu_seqlens")
+    if offset != 0:
+        raise ValueError(f"position_offset is {offset}; expected 0 with cu_seqlens")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # reading values would stall a GPU
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"cu_seqlens is {ends}; expected a rising list from 0 to {length}, the length of q")
