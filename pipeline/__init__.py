@@ -1,1 +1,1 @@
-"""Experiments: schema, planning, the Ray DAG, the stage store, MLflow tracking, the command line. Only here: ray, mlflow."""
+"""Experiments: schema, planning, the Ray DAG, the stage store, MLflow, the command line. Only here: ray, mlflow."""

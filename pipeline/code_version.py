@@ -1,0 +1,61 @@
+"""Which code ran: the commit and dirty diff of this package's repository, and a digest of the sources themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+RESULT_PACKAGES = ("stages", "model", "kernels")  # the pipeline package decides when and where, not what
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    commit: str | None
+    diff: str
+    sources: str
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self.diff)
+
+    def as_manifest(self) -> dict[str, str | bool | None]:
+        digest = hashlib.sha256(self.diff.encode()).hexdigest() if self.diff else None
+        return {"commit": self.commit, "dirty": self.dirty, "diff_sha256": digest, "sources_sha256": self.sources}
+
+    def __str__(self) -> str:
+        if self.commit is None:
+            return f"sources {self.sources[:12]}"
+        return self.commit[:12] + ("+changes" if self.dirty else "")
+
+
+@cache
+def sources_digest() -> str:
+    """sha256 over the Python sources whose code computes results (stages, model, kernels)."""
+    digest = hashlib.sha256()
+    for package in RESULT_PACKAGES:
+        for path in sorted((PROJECT / package).rglob("*.py")):
+            digest.update(path.relative_to(PROJECT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@cache
+def code_version() -> CodeVersion:
+    """Commit and diff are None and empty where the package does not run from its own git checkout."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()).resolve() != PROJECT:
+        return CodeVersion(None, "", sources_digest())
+    commit = _git("rev-parse", "HEAD")
+    return CodeVersion(commit.strip() if commit else None, _git("diff", "HEAD", "--no-color") or "", sources_digest())
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(PROJECT), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout if result.returncode == 0 else None

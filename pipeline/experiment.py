@@ -1,0 +1,292 @@
+"""The experiment file: its schema, made of the stages' Configs, and the translation of every mistake into one sentence.
+
+    YAML document -> Experiment{tokenize, variants{pretrain, evaluate, sparsity}, resources} -> one Config per stage
+
+A variant's flat keys are fields of the model or of pretraining (their names are disjoint, see tests); `evaluate: {...}`
+may nest below it. Nobody passes whole experiments down: each stage receives its own Config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from model.config import ModelConfig
+from pipeline.document import Document, apply_overrides, nearest, read_document
+from stages.configs import (
+    EvaluateConfig,
+    FilesSource,
+    FileTokenizer,
+    PretrainConfig,
+    ReportConfig,
+    SparsityConfig,
+    StageConfig,
+    TokenizeConfig,
+)
+from stages.contract import Refusal
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+class Storage(StageConfig):
+    root: str = Field("output", min_length=1, description="stage store, mlflow.db and artifacts live below it")
+
+
+class StageResources(StageConfig):
+    """What one execution of a stage occupies."""
+
+    cpus: float | None = Field(None, gt=0, description="CPU cores held; default: 1, for tokenize all of the machine")
+    gpus: float = Field(0, ge=0, description="GPUs held")
+    threads: int | None = Field(None, gt=0, description="torch threads; default: the CPU cores held")
+
+
+class PretrainResources(StageConfig):
+    """Training: one worker without a GPU runs inside its stage task, everything else through Ray Train."""
+
+    workers: int = Field(1, gt=0, description="data-parallel workers")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each worker")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores of each Ray Train worker")
+    cpus: float | None = Field(
+        None, gt=0, description="CPU cores held by training inside the stage task; default: all of the machine"
+    )
+    threads: int | None = Field(None, gt=0, description="torch threads of a worker; default: its CPU cores")
+    max_failures: int = Field(3, ge=0, description="worker failures Ray Train recovers from before giving up")
+
+    @property
+    def in_task(self) -> bool:
+        return self.workers == 1 and self.gpus_per_worker == 0
+
+
+class Resources(StageConfig):
+    tokenize: StageResources = Field(StageResources(), description="tokenization")
+    pretrain: PretrainResources = Field(PretrainResources(), description="pretraining")
+    evaluate: StageResources = Field(StageResources(), description="evaluation")
+    sparsity: StageResources = Field(StageResources(), description="attention analysis")
+    report: StageResources = Field(StageResources(), description="the report")
+
+
+class Variant(StageConfig):
+    """One branch of the DAG."""
+
+    pretrain: PretrainConfig
+    evaluate: EvaluateConfig
+    sparsity: SparsityConfig
+
+
+class Experiment(StageConfig):
+    """A whole experiment, checked."""
+
+    name: str
+    seed: int
+    storage: Storage
+    tokenize: TokenizeConfig
+    variants: dict[str, Variant]
+    report: ReportConfig
+    resources: Resources
+    document: dict[str, Any] = Field(
+        description="the document it came from, after extends and overrides, paths absolute"
+    )
+
+
+SECTIONS = ("name", "seed", "storage", "tokenize", "model", "variants", "pretrain", "evaluate", "sparsity", "resources")
+MODEL_FIELDS = frozenset(ModelConfig.model_fields)
+PRETRAIN_FIELDS = frozenset(PretrainConfig.model_fields) - {"model", "seed"}
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, override and check an experiment file. Relative source paths are taken from the working directory."""
+    return compose(apply_overrides(read_document(path), overrides))
+
+
+def compose(document: Document) -> Experiment:
+    """Turn a document into a checked Experiment, or raise a Refusal that names the key, the value and the remedy."""
+    for key in document:
+        if key not in SECTIONS:
+            raise Refusal(f"{key}: unknown section{nearest(str(key), SECTIONS)}")
+    name = document.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise Refusal(f"name: expected letters, digits, '.', '_' or '-', such as 'quickstart', found {name!r}")
+    seed = document.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise Refusal(f"seed: expected a non-negative integer, found {seed!r}")
+    document = _absolute_paths(document)
+    tokenize = check(TokenizeConfig, _section(document, "tokenize"), "tokenize")
+    variants = _section(document, "variants")
+    if not variants:
+        raise Refusal("variants: at least one is needed, for example  variants: {lazy: {mixer: lazy}}")
+    return Experiment(
+        name=name,
+        seed=seed,
+        storage=check(Storage, _section(document, "storage"), "storage"),
+        tokenize=tokenize,
+        variants={str(key): _variant(str(key), value, document, seed) for key, value in variants.items()},
+        report=ReportConfig(title=name),
+        resources=check(Resources, _section(document, "resources"), "resources"),
+        document=document,
+    )
+
+
+def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
+    where = f"variants.{name}"
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise Refusal(f"{where}: variant names consist of a-z, 0-9 and _")
+    if fields is None:
+        fields = {}
+    if not isinstance(fields, dict):
+        raise Refusal(f"{where}: expected a mapping of model and pretrain fields, found {fields!r}")
+    model_fields = dict(_section(document, "model"))
+    pretrain_fields = dict(_section(document, "pretrain"))
+    if "model" in pretrain_fields:
+        raise Refusal("pretrain.model: the model has its own section; move these fields to 'model'")
+    evaluate_fields = dict(_section(document, "evaluate"))
+    pretrain_fields.setdefault("seed", seed)
+    evaluate_fields.setdefault("seed", seed)
+    check_keys(ModelConfig, model_fields, "model")
+    check_keys(PretrainConfig, pretrain_fields, "pretrain")
+    check_keys(EvaluateConfig, evaluate_fields, "evaluate")
+    own: dict[str, str] = {}
+    for key, value in fields.items():
+        if key in MODEL_FIELDS:
+            model_fields[key] = value
+            own[f"model.{key}"] = f"{where}.{key}"
+        elif key in PRETRAIN_FIELDS or key == "seed":
+            pretrain_fields[key] = value
+            own[f"pretrain.{key}"] = f"{where}.{key}"
+        elif key == "evaluate":
+            if not isinstance(value, dict):
+                raise Refusal(f"{where}.evaluate: expected a mapping, found {value!r}")
+            check_keys(EvaluateConfig, value, f"{where}.evaluate")
+            evaluate_fields.update(value)
+            own |= {f"evaluate.{below}": f"{where}.evaluate.{below}" for below in value}
+        else:
+            known = MODEL_FIELDS | PRETRAIN_FIELDS | {"seed", "evaluate"}
+            raise Refusal(f"{where}.{key}: unknown key{nearest(str(key), known)}")
+    model = check(ModelConfig, model_fields, "model", own)
+    pretrain_fields["model"] = model.model_dump(mode="json", exclude_unset=True)
+    return Variant(
+        pretrain=check(PretrainConfig, pretrain_fields, "pretrain", own),
+        evaluate=check(EvaluateConfig, evaluate_fields, "evaluate", own),
+        sparsity=check(SparsityConfig, _section(document, "sparsity"), "sparsity"),
+    )
+
+
+def _section(document: Document, key: str) -> dict[str, Any]:
+    value = document.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Refusal(f"{key}: expected a mapping, found {value!r}")
+    return value
+
+
+def _absolute_paths(document: Document) -> Document:
+    """Make source and tokenizer paths absolute, so that the document means the same from another folder."""
+    document = json.loads(json.dumps(document, default=str))
+    tokenize = _section(document, "tokenize")
+    source, tokenizer = tokenize.get("source"), tokenize.get("tokenizer")
+    if isinstance(source, dict) and source.get("kind") == "files" and isinstance(source.get("paths"), str):
+        raise Refusal(f"tokenize.source.paths: expected a list, found {source['paths']!r}; write [{source['paths']}]")
+    if isinstance(source, dict) and isinstance(source.get("paths"), list):
+        source["paths"] = [_absolute(p) if isinstance(p, str) else p for p in source["paths"]]
+    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
+        tokenizer["path"] = _absolute(tokenizer["path"])
+    return document
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111  (keeps globs and symbolic links as they are)
+
+
+def resolve_root(experiment: Experiment | None, root_option: str | None) -> Path:
+    """Where everything is written: LAZYPIPE_HOME > --root > storage.root > 'output', absolute."""
+    chosen = os.environ.get("LAZYPIPE_HOME") or root_option or (experiment.storage.root if experiment else "output")
+    return Path(chosen).expanduser().resolve()
+
+
+def check(
+    model: type[AnyModel], fields: Mapping[str, Any], where: str, own: Mapping[str, str] | None = None
+) -> AnyModel:
+    """Validate strictly (no '1' for 1, no true for 1); the first mistake becomes a Refusal.
+
+    `own` maps dotted keys to the place the user wrote them (a variant's flat key instead of the section's).
+    """
+    check_keys(model, fields, where)
+    try:
+        return model.model_validate_json(json.dumps(dict(fields), default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in _without_tags(first["loc"], fields)]
+        key = ".".join([where, *path])
+        key = (own or {}).get(key, key)
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if first["type"] == "missing":
+            raise Refusal(f"{key}: is required and missing{more}") from error
+        if first["type"] == "union_tag_not_found":
+            raise Refusal(f"{key}.kind: is required and missing; choose one of {_tags(first)}{more}") from error
+        if first["type"] == "union_tag_invalid":
+            tag = first["ctx"]["tag"]
+            raise Refusal(f"{key}.kind: {tag!r} is not one of {_tags(first)}{more}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        raise Refusal(f"{key}: {message[0].lower() + message[1:]}{found}{more}") from error
+
+
+def _tags(error: Any) -> str:
+    context = error.get("ctx", {})
+    return str(
+        context.get("expected_tags", "'embedded', 'files', 'hub' (source) or 'train', 'file', 'hub' (tokenizer)")
+    )
+
+
+def _without_tags(location: Sequence[str | int], fields: Mapping[str, Any]) -> list[str | int]:
+    """Drop the union tags pydantic puts into an error's location ('source', 'files', 'paths' -> 'source', 'paths')."""
+    path: list[str | int] = []
+    here: Any = fields
+    for part in location:
+        if isinstance(here, Mapping) and part not in here and here.get("kind") == part:
+            continue
+        path.append(part)
+        here = here.get(part) if isinstance(here, Mapping) else None
+    return path
+
+
+def check_keys(model: type[BaseModel], fields: Mapping[str, Any], where: str) -> None:
+    """Refuse unknown keys, at any depth, with the nearest known name."""
+    for key, value in fields.items():
+        field = model.model_fields.get(str(key))
+        if field is None:
+            raise Refusal(f"{where}.{key}: unknown key{nearest(str(key), model.model_fields)}")
+        if isinstance(value, Mapping):
+            below = _nested_model(field.annotation, value)
+            if below is not None:
+                check_keys(below, value, f"{where}.{key}")
+
+
+def _nested_model(annotation: Any, value: Mapping[str, Any]) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                kind = member.model_fields.get("kind")
+                if kind is not None and value.get("kind") in typing.get_args(kind.annotation):
+                    return member
+    return None
+
+
+def source_files(config: TokenizeConfig) -> list[str]:
+    """The paths an experiment reads, for the submitter, which has to say what travels and what does not."""
+    paths: list[str] = []
+    if isinstance(config.source, FilesSource):
+        paths += config.source.paths
+    if isinstance(config.tokenizer, FileTokenizer):
+        paths.append(config.tokenizer.path)
+    return paths

@@ -1,0 +1,90 @@
+"""What a stage's result depends on: its recipe.
+
+    fingerprint = sha256 of (stage, STAGE_VERSION, config without defaults and operational fields, source identity,
+                             fingerprints of the inputs)
+
+Fields equal to their default are left out, so that a new field invalidates nothing; changing a default bumps the
+stage's STAGE_VERSION. Code, library versions and the device are not part of the identity: the manifest records them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """The part of a config that decides a result, as JSON values."""
+    kept: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, Mapping) and extra.get("identity") is False:
+            continue
+        value = getattr(config, name)
+        if not field.is_required() and value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, BaseModel):
+            below = identity(value)
+            if below or field.is_required():
+                kept[name] = below
+        else:
+            kept[name] = value
+    return kept
+
+
+def operational_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """The other part, flattened to dotted names: how a stage runs and not what it computes."""
+    kept: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        extra = field.json_schema_extra
+        if isinstance(extra, Mapping) and extra.get("identity") is False:
+            kept[prefix + name] = value
+        elif isinstance(value, BaseModel):
+            kept |= operational_fields(value, f"{prefix}{name}.")
+    return kept
+
+
+def canonical(value: Any) -> str:
+    """A stable JSON text of plain values; anything whose serialisation might change between runs is refused."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{value} has no stable serialisation; a recipe holds finite numbers only")
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"a recipe's mapping has a key that is no string: {list(value)}")
+        return {key: _plain(item) for key, item in value.items()}
+    raise TypeError(f"a {type(value).__name__} ({value!r}) has no stable serialisation and cannot be part of a recipe")
+
+
+def fingerprint(
+    stage: str, version: int, config: Mapping[str, Any], source: Mapping[str, Any], inputs: Mapping[str, str]
+) -> str:
+    """sha256 (hex) of a recipe; `config` is an `identity`, `inputs` maps input names to fingerprints."""
+    recipe = {"stage": stage, "version": version, "config": config, "source": source, "inputs": inputs}
+    return hashlib.sha256(canonical(recipe).encode()).hexdigest()
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat

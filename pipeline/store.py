@@ -1,0 +1,170 @@
+"""The stage store: where results live, and how a reader can trust them.
+
+    <root>/store/<stage>/<first 12 of the fingerprint>/
+        g0001/            a generation: the stage's files, then manifest.json, last
+        current           the name of the valid generation, switched atomically after its manifest is on disk
+        scratch/          the running (or interrupted) execution: checkpoints, progress, the MLflow run it logs to
+        lease.json        who is executing this recipe now (pipeline/lease.py)
+
+A generation without a manifest is a leftover of a crash and is swept by the next execution of its recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.contract import Artifact, file_sha256, write_atomically
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A committed execution of a recipe."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """'<stage>/<fingerprint12>/<generation>'"""
+        return "/".join(self.path.parts[-3:])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    def artifact(self) -> Artifact:
+        return Artifact(self.path, self.manifest)
+
+    def problem(self, full: bool = False) -> str | None:
+        """Why the files cannot be trusted, or None. Compares sizes; sha256 where the mtime moved, or everywhere if full."""
+        for name, entry in self.manifest["files"].items():
+            file = self.path / name
+            try:
+                status = file.stat()
+            except OSError:
+                return f"{file} is missing"
+            if status.st_size != entry["size"]:
+                return f"{file} has {status.st_size} bytes, its manifest says {entry['size']}"
+            if (full or status.st_mtime_ns != entry["mtime_ns"]) and file_sha256(file) != entry["sha256"]:
+                return f"{file} does not match the sha256 of its manifest"
+        return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """All generations of one recipe."""
+
+    path: Path
+
+    @property
+    def scratch(self) -> Path:
+        return self.path / "scratch"
+
+    def current(self) -> Generation | None:
+        """The valid generation, or None. Its files are not checked here: see Generation.problem."""
+        try:
+            name = (self.path / "current").read_text(encoding="utf-8").strip()
+            return read_generation(self.path / name) if name else None
+        except FileNotFoundError:
+            return None
+
+    def damage(self) -> str | None:
+        """Why `current` names a generation that cannot be read, or None."""
+        try:
+            self.current()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{self.path / 'current'}: {error}"
+        return None
+
+    def next_generation(self) -> str:
+        numbers = [int(p.name[1:]) for p in self.path.glob("g[0-9]*") if p.name[1:].isdigit()]
+        return f"g{max(numbers, default=0) + 1:04d}"
+
+    def sweep(self) -> list[str]:
+        """Remove generations that were never committed; returns their names. Call it with the lease held."""
+        swept = []
+        for directory in sorted(self.path.glob("g[0-9]*")):
+            if not (directory / MANIFEST).exists():
+                shutil.rmtree(directory)
+                swept.append(directory.name)
+        return swept
+
+    def open_scratch(self, input_generations: Mapping[str, str], fresh: bool) -> Path:
+        """The scratch directory, emptied when `fresh` or when it was filled from other input generations."""
+        marker = self.scratch / "inputs.json"
+        wanted = json.dumps(dict(input_generations), sort_keys=True)
+        try:
+            found = marker.read_text(encoding="utf-8")
+        except OSError:
+            found = ""
+        if fresh or found != wanted:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        for leftover in ("stop", "progress.json"):
+            (self.scratch / leftover).unlink(missing_ok=True)
+        write_atomically(marker, wanted)
+        return self.scratch
+
+    def commit(self, name: str, manifest: Mapping[str, Any]) -> Generation:
+        """Write the manifest of generation `name` (files are listed and hashed here), then make it current."""
+        directory = self.path / name
+        full = {**manifest, "format": MANIFEST_FORMAT, "generation": name, "files": dict(_listed(directory))}
+        write_atomically(directory / MANIFEST, json.dumps(full, indent=1, sort_keys=True) + "\n")
+        write_atomically(self.path / "current", name + "\n")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        return read_generation(directory)
+
+
+def _listed(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            status = file.stat()
+            yield (
+                file.relative_to(directory).as_posix(),
+                {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": file_sha256(file)},
+            )
+
+
+def read_generation(directory: Path) -> Generation:
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ValueError(f"{directory / MANIFEST} has format {manifest.get('format')!r}, expected {MANIFEST_FORMAT}")
+    for key in ("fingerprint", "files", "inputs", "metrics", "facts", "config"):
+        if key not in manifest:
+            raise ValueError(f"{directory / MANIFEST} lacks {key!r}")
+    return Generation(directory, manifest)
+
+
+@dataclass(frozen=True)
+class Store:
+    root: Path
+
+    def entry(self, stage: str, fingerprint: str) -> Entry:
+        return Entry(self.root / "store" / stage / fingerprint[:12])
+
+    def entries(self, stage: str) -> list[Entry]:
+        """Every recipe of a stage that was ever executed or begun here."""
+        return [Entry(p) for p in sorted((self.root / "store" / stage).glob("*")) if p.is_dir()]
+
+    def generations(self, stage: str) -> list[Generation]:
+        """The current generation of every recipe of a stage, oldest first; unreadable ones are passed over."""
+        found = []
+        for entry in self.entries(stage):
+            if entry.damage() is None and (generation := entry.current()) is not None:
+                found.append(generation)
+        return sorted(found, key=lambda g: str(g.manifest.get("created", "")))
+
+
+def content_digest(generation: Generation) -> str:
+    """sha256 over the names and hashes of a generation's files: equal for equal results."""
+    lines = "\n".join(f"{name} {entry['sha256']}" for name, entry in sorted(generation.manifest["files"].items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
