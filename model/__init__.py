@@ -1,1 +1,1 @@
-"""The language model: configuration, token mixers, transformer, checkpoints. Imports `kernels` and nothing else of ours."""
+"""The language model: configuration, token mixers, transformer, checkpoints. Imports only `kernels` of ours."""

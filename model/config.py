@@ -17,7 +17,7 @@ MixerName = Literal["standard", "lazy"]
 class ModelConfig(BaseModel):
     """Shape of a decoder-only transformer. The vocabulary size comes from the tokenizer, not from here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     hidden_size: int = Field(128, gt=0, description="width of the residual stream, d")
     num_layers: int = Field(4, gt=0, description="number of transformer blocks")
@@ -73,3 +73,22 @@ class ModelConfig(BaseModel):
         if self.intermediate_size is not None:
             return self.intermediate_size
         return -(-8 * self.hidden_size // 3 // 32) * 32
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Number of parameters of `Transformer(config, vocab_size)`. A tied embedding counts once."""
+    hidden, kv_size = config.hidden_size, config.kv_heads * config.head_dim
+    mixer = 2 * hidden * hidden + 2 * hidden * kv_size
+    if config.mixer == "lazy":
+        mixer += config.num_heads * (config.max_bias_length + 1)
+    layer = mixer + 3 * hidden * config.mlp_size + 2 * hidden
+    embeddings = vocab_size * hidden * (1 if config.tie_embeddings else 2)
+    return embeddings + config.num_layers * layer + hidden
+
+
+def checkpoint_bytes(config: ModelConfig, vocab_size: int, keep: int) -> int:
+    """Disk space pretraining needs: `keep` resume checkpoints and one being written.
+
+    A checkpoint holds float32 weights and two AdamW moments; the final model takes the place of the one being written.
+    """
+    return parameter_count(config, vocab_size) * 4 * (1 + 2) * (keep + 1)
