@@ -6,9 +6,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.blockwise import BLOCK, blockwise
+from kernels.blockwise import blockwise
 from kernels.reference import lazy_attention_reference
 from kernels.stats import LazyStats
+from kernels.strips import BLOCK
 
 BACKENDS = ("auto", "reference", "blockwise")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,7 +67,7 @@ def lazy_attention(
     n_i is the number of tokens query i may attend to, its own included. The paper's v1 writes `- tau / n`
     with tau = +1; here, as in the authors' released code, tau is added and starts at -1.
 
-    q             [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]: float32, bfloat16 float16 or float64,
+    q             [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]: float32, bfloat16 or float16 or float64,
                   rotary embedding already applied, any strides, Lq <= Lk, Hq a multiple of Hkv.
     bias          [Hq, W], tau [Hq]: float32 (float64 beside float64 inputs); they lose their updates in less.
     cu_seqlens    int32 [N + 1], 0 = first <= ... <= last = Lq = Lk: N documents packed in a batch of one. n_i and i - j
