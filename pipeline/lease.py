@@ -82,13 +82,21 @@ def read_holder(directory: Path) -> Holder | None:
         return None
 
 
+def is_alive(holder: Holder) -> bool | None:
+    """Whether the holder's process exists; None when it is on another host."""
+    if holder.host != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(holder.pid)
+        return abs(process.create_time() - holder.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _alive(holder: Holder, directory: Path) -> bool:
-    if holder.host == socket.gethostname():
-        try:
-            process = psutil.Process(holder.pid)
-            return abs(process.create_time() - holder.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+    here = is_alive(holder)
+    if here is not None:
+        return here
     try:
         age = time.time() - (directory / "lease.json").stat().st_mtime
     except OSError:

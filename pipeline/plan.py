@@ -27,7 +27,7 @@ UPSTREAM = {"pretrain": ("tokenize",), "evaluate": ("tokenize", "pretrain"), "sp
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of one branch. `inputs` maps the name the stage knows an input by to the id of the node it comes from."""
+    """One stage of one branch. `inputs` maps the stage's name of an input to the id of the node it comes from."""
 
     id: str
     stage: str
@@ -199,7 +199,7 @@ def _with_ancestors(nodes: Mapping[str, Node], chosen: set[str]) -> set[str]:
 
 
 def explain(node: Node, store: Store) -> list[str]:
-    """Field-level differences between a node's recipe and the nearest earlier one of its stage (fewest changed fields)."""
+    """Field-level differences between a node's recipe and the nearest earlier one of its stage."""
     best: tuple[float, list[str], Generation] | None = None
     now = flatten({"config": dict(node.identity), "source": dict(node.source)})
     defaults = _defaults(node.config)

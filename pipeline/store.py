@@ -45,7 +45,7 @@ class Generation:
         return Artifact(self.path, self.manifest)
 
     def problem(self, full: bool = False) -> str | None:
-        """Why the files cannot be trusted, or None. Compares sizes; sha256 where the mtime moved, or everywhere if full."""
+        """Why the files cannot be trusted, or None. Sizes; sha256 where the mtime moved, or everywhere if full."""
         for name, entry in self.manifest["files"].items():
             file = self.path / name
             try:

@@ -1,7 +1,7 @@
 """Every stage's Config. Imports no torch, so that planning an experiment stays instant.
 
-A field made with `operational(...)` says how a stage runs and not what it computes (intervals, backends, file locations):
-it is recorded in the manifest and left out of the recipe's fingerprint.
+A field made with `operational(...)` says how a stage runs and not what it computes (intervals, backends, file
+locations): it is recorded in the manifest and left out of the recipe's fingerprint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def operational(default: Any = ..., **keywords: Any) -> Any:
 class StageConfig(BaseModel):
     """Base of all configs: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EmbeddedSource(StageConfig):
@@ -100,7 +100,8 @@ class TokenizeConfig(StageConfig):
         vocab_size = getattr(self.tokenizer, "vocab_size", 0)
         if self.token_dtype == "uint16" and vocab_size > 2**16:
             raise ValueError(
-                f"tokenizer.vocab_size={vocab_size} does not fit token_dtype=uint16 (at most 65536); set token_dtype: uint32"
+                f"tokenizer.vocab_size={vocab_size} does not fit token_dtype=uint16 (at most 65536); "
+                "set token_dtype: uint32"
             )
         return self
 
@@ -148,7 +149,8 @@ class PretrainConfig(StageConfig):
             )
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"seq_len={self.seq_len} is above model.max_seq_len={self.model.max_seq_len}; raise max_seq_len or lower seq_len"
+                f"seq_len={self.seq_len} is above model.max_seq_len={self.model.max_seq_len}; "
+                "raise max_seq_len or lower seq_len"
             )
         return self
 

@@ -2,8 +2,8 @@
 
 A stage is a plain function. All it may use from outside is in its `Context`: where to write, how to spread work, how to
 report numbers, pictures and progress, and where its checkpoints live. Everything travels through files below two
-directories, so the same stage runs in a unit test, a notebook, a Ray task or four Ray Train workers, and whoever watches
-it (the pipeline's progress display, its MLflow logger) only has to read:
+directories, so the same stage runs in a unit test, a notebook, a Ray task or four Ray Train workers, and whoever
+watches it (the pipeline's progress display, its MLflow logger) only has to read:
 
     output_dir/            whatever the stage produces; every file in it is an output
     output_dir/metrics.jsonl   one line per `log_metrics` call: {"step", "time", "metrics"}
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 CHECKPOINT_MANIFEST = "manifest.json"
 
 
-class Refusal(ValueError):
+class Refusal(ValueError):  # noqa: N818  (a verdict on the input)
     """Something the user can fix: names the object, the value, what was expected and what to do. Exit code 2."""
 
 
@@ -92,7 +92,7 @@ class Context:
         return self.map_function(function, items)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl. Non-finite values are dropped here and counted by the caller if they matter."""
+        """Append one line to metrics.jsonl. Non-finite values are dropped; the caller counts them if they matter."""
         if self.rank != 0:
             return
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
@@ -119,7 +119,7 @@ class Context:
         return path
 
     def progress(self, done: float, total: float, unit: str, **numbers: float | str) -> None:
-        """Say how far the stage is: `done` of `total` `unit`s, and numbers worth watching (loss=..., tokens_per_s=...)."""
+        """Say how far the stage is: `done` of `total` `unit`s, and numbers worth watching (loss=..., eta_s=...)."""
         now = time.monotonic()
         if self.rank != 0 or (now - self._last_progress < self.progress_interval_s and done < total):
             return

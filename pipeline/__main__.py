@@ -1,0 +1,5 @@
+"""`python -m pipeline ...` is `lazypipe ...`."""
+
+from pipeline.cli import main
+
+main()

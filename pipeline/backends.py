@@ -1,0 +1,265 @@
+"""Where stages execute: in Ray tasks declared as a Ray DAG, or one after another in this process (--local).
+
+A backend has `capacity` (what stages may occupy), `submit`, `poll`, `cancel` and `close`. The walker (walk.py) decides
+when a node may start; a backend only starts it and says how it ended.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.execute import StageTask, execute_stage, map_in_processes
+from pipeline.experiment import Experiment, PretrainResources, StageResources
+from pipeline.plan import Node
+from stages.contract import Refusal
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """cpus/gpus of the whole cluster and of its largest node."""
+
+    cpus: float
+    gpus: float
+    node_cpus: float
+    node_gpus: float
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a node occupies while it runs. `task_*` is what its stage task itself holds."""
+
+    cpus: float
+    gpus: float
+    task_cpus: float
+    task_gpus: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    node_id: str
+    path: str | None
+    error: BaseException | None
+    traceback: str = ""
+
+
+class Backend(Protocol):
+    """`inline`: submit returns only when the stage has ended."""
+
+    capacity: Capacity
+    inline: bool
+
+    def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[Finished]: ...
+
+    def cancel(self, node_id: str, force: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def demand_of(node: Node, experiment: Experiment, capacity: Capacity) -> Demand:
+    """Resources of a node from the experiment file and the machine; what cannot be had is refused."""
+    resources: StageResources | PretrainResources = getattr(experiment.resources, node.stage)
+    where = f"resources.{node.stage}"
+    if isinstance(resources, PretrainResources) and not resources.in_task:
+        cpus, gpus = resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
+        _require(f"{where}: {resources.workers} workers x {resources.gpus_per_worker:g} =", gpus, capacity.gpus, "GPU")
+        _require(f"{where}: {resources.workers} workers x {resources.cpus_per_worker:g} =", cpus, capacity.cpus, "CPU")
+        _require(f"{where}.gpus_per_worker", resources.gpus_per_worker, capacity.node_gpus, "GPU on one node,")
+        _require(f"{where}.cpus_per_worker", resources.cpus_per_worker, capacity.node_cpus, "CPU on one node,")
+        return Demand(cpus, gpus, 0, 0, resources.threads or max(1, int(resources.cpus_per_worker)))
+    wide = node.stage in ("tokenize", "pretrain")
+    cpus = resources.cpus or (capacity.node_cpus if wide else min(1.0, capacity.node_cpus))
+    gpus = resources.gpus if isinstance(resources, StageResources) else 0.0
+    _require(f"{where}.gpus", gpus, capacity.node_gpus, "GPU on one node,")
+    _require(f"{where}.cpus", cpus, capacity.node_cpus, "CPU on one node,")
+    return Demand(cpus, gpus, cpus, gpus, resources.threads or max(1, int(cpus)))
+
+
+def _require(what: str, asked: float, present: float, unit: str) -> None:
+    if asked > present:
+        raise Refusal(f"{what} {asked:g} {unit} asked for, but {present:g} present; lower it or use a larger cluster")
+
+
+class LocalBackend:
+    """Stages one after another in this process: the debugger's path."""
+
+    inline = True
+
+    def __init__(self) -> None:
+        import importlib.util
+
+        cpus = float(len(os.sched_getaffinity(0)))
+        gpus = 0.0
+        if importlib.util.find_spec("torch") is not None:
+            import torch
+
+            gpus = float(torch.cuda.device_count())
+        self.capacity = Capacity(cpus, gpus, cpus, gpus)
+        self._finished: list[Finished] = []
+
+    def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:
+        if task.stage == "pretrain" and task.resources.get("workers", 1) > 1:
+            raise Refusal(
+                f"resources.pretrain.workers={task.resources['workers']}: --local trains in one process; "
+                "set it to 1 or leave --local out"
+            )
+        try:
+            path = execute_stage(task, input_paths, map_in_processes(max(1, int(demand.cpus))))
+            self._finished.append(Finished(task.node_id, path, None))
+        except Exception as error:
+            import traceback
+
+            self._finished.append(Finished(task.node_id, None, error, traceback.format_exc()))
+
+    def poll(self, timeout_s: float) -> list[Finished]:
+        finished, self._finished = self._finished, []
+        if not finished:
+            time.sleep(timeout_s)
+        return finished
+
+    def cancel(self, node_id: str, force: bool) -> None:
+        """Nothing runs beside the caller."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class RayBackend:
+    """Stages as tasks of a Ray DAG: the graph is declared with `.bind()`, the walker submits its nodes."""
+
+    inline = False
+
+    def __init__(self, address: str | None, nodes: Mapping[str, Node], experiment: Experiment):
+        own = address is None
+        if own:
+            # Our own cluster is local and takes a token of its own, so that no other user's process joins it.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            os.environ.pop("RAY_ADDRESS", None)
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._ray = ray
+        try:
+            ray.init(
+                address="local" if own else address,
+                include_dashboard=False if own else None,
+                configure_logging=True,
+                logging_level="WARNING",
+                log_to_driver=True,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise Refusal(f"Ray cluster at {address}: cannot be joined: {_first_line(error)}") from error
+        totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.capacity = Capacity(
+            cpus=sum(r.get("CPU", 0.0) for r in totals),
+            gpus=sum(r.get("GPU", 0.0) for r in totals),
+            node_cpus=max((r.get("CPU", 0.0) for r in totals), default=0.0),
+            node_gpus=max((r.get("GPU", 0.0) for r in totals), default=0.0),
+        )
+        demands = {node_id: demand_of(node, experiment, self.capacity) for node_id, node in nodes.items()}
+        self._dag_nodes: dict[str, Any] = {}
+        self.dag = self._declare(nodes, demands)
+        self._running: dict[Any, str] = {}
+
+    def _declare(self, nodes: Mapping[str, Node], demands: Mapping[str, Demand]) -> Any:
+        """The experiment as a Ray DAG: `InputNode[node id]` carries each node's StageTask."""
+        from ray.dag import InputNode, MultiOutputNode
+
+        stage = self._ray.remote(_stage_task)
+        with InputNode() as tasks:
+            for node in nodes.values():
+                demand = demands[node.id]
+                options = {
+                    "name": node.id,
+                    "num_cpus": demand.task_cpus,
+                    "num_gpus": demand.task_gpus,
+                    "max_retries": 0,
+                }
+                upstream = [self._dag_nodes[origin] for origin in node.inputs.values()]
+                self._dag_nodes[node.id] = stage.options(**options).bind(tasks[node.id], *upstream)
+        return MultiOutputNode([self._dag_nodes[node_id] for node_id in nodes])
+
+    def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:  # noqa: ARG002
+        """Submit one declared node; its upstream nodes are replaced by their (cached or fresh) results."""
+        options = self._dag_nodes[task.node_id].get_options()
+        reference = self._ray.remote(_stage_task).options(**options).remote(task, *input_paths)
+        self._running[reference] = task.node_id
+
+    def poll(self, timeout_s: float) -> list[Finished]:
+        if not self._running:
+            time.sleep(timeout_s)
+            return []
+        done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
+        finished = []
+        for reference in done:
+            node_id = self._running.pop(reference)
+            try:
+                finished.append(Finished(node_id, self._ray.get(reference), None))
+            except self._ray.exceptions.RayTaskError as error:
+                finished.append(Finished(node_id, None, error.cause or error, str(error)))
+            except self._ray.exceptions.RayError as error:
+                finished.append(Finished(node_id, None, error, str(error)))
+        return finished
+
+    def cancel(self, node_id: str, force: bool) -> None:
+        for reference, running in self._running.items():
+            if running == node_id:
+                self._ray.cancel(reference, force=force, recursive=True)
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _stage_task(task: StageTask, *input_paths: str) -> str:
+    """The body of every DAG node."""
+    from pipeline.launch import pretrain_on_workers
+
+    on_workers = task.stage == "pretrain" and not PretrainResources.model_validate(task.resources).in_task
+    return execute_stage(task, input_paths, _map_with_ray, run=pretrain_on_workers if on_workers else None)
+
+
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one task per core already
+    return function(item)
+
+
+def _map_with_ray(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """An ordered map over one-core Ray tasks. While the caller waits, Ray lends them the cores its own task holds."""
+    import ray
+
+    todo = list(items)
+    if len(todo) <= 1:
+        yield from map(function, todo)
+        return
+    remote = ray.remote(num_cpus=1, max_retries=2)(_call)
+    function_reference = ray.put(function)
+    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    pending: deque[Any] = deque()
+    remaining = iter(todo)
+    for item in remaining:
+        pending.append(remote.remote(function_reference, item))
+        if len(pending) >= window:
+            yield _result(ray, pending.popleft())
+    while pending:
+        yield _result(ray, pending.popleft())
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause or error) from error

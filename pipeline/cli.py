@@ -1,0 +1,214 @@
+"""The command line. Parses, calls one function per command, and turns a Refusal into `error: ...` and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from stages.contract import Refusal
+
+app = typer.Typer(
+    name="lazypipe",
+    help="Attention experiments from one YAML file: tokenize, pretrain, evaluate, analyse, report - on Ray, in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="experiment file (YAML)")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="overrides such as pretrain.lr=1e-3; ~key deletes"),
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="STAGE[/VARIANT]", help="this stage and what it needs that is not stored"),
+]
+FromOption = Annotated[
+    list[str] | None,
+    typer.Option("--from", metavar="STAGE[/VARIANT]", help="recompute this stage and everything below it"),
+]
+ForceOption = Annotated[
+    list[str] | None,
+    typer.Option("--force", metavar="STAGE[/VARIANT]", help="a new generation of it, and of everything below it"),
+]
+RootOption = Annotated[
+    str | None, typer.Option("--root", metavar="DIR", help="where everything is written (LAZYPIPE_HOME goes first)")
+]
+LocalOption = Annotated[bool, typer.Option("--local", help="the same DAG in one process, without Ray")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", metavar="A", help="join this Ray cluster instead of starting one")
+]
+NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="refuse instead of waiting for a run at the same stage")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def console() -> Console:
+    width = None if sys.stdout.isatty() else 140
+    return Console(width=width)
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    only: OnlyOption = None,
+    start: FromOption = None,
+    force: ForceOption = None,
+    local: LocalOption = False,
+    root: RootOption = None,
+    address: AddressOption = None,
+    no_wait: NoWaitOption = False,
+) -> None:
+    """Run an experiment: whatever is not stored yet, and what depends on it."""
+    from pipeline.experiment import load_experiment
+    from pipeline.plan import Selection
+    from pipeline.run import RunOptions, run_experiment
+
+    if local and address is not None:
+        raise Refusal("--local and --address exclude each other: one process without Ray, or a Ray cluster")
+    experiment = load_experiment(config, overrides or ())
+    options = RunOptions(
+        Selection(tuple(only or ()), tuple(start or ()), tuple(force or ())), local, root, address, wait=not no_wait
+    )
+    raise typer.Exit(run_experiment(experiment, options, console()))
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    only: OnlyOption = None,
+    start: FromOption = None,
+    force: ForceOption = None,
+    root: RootOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say which field changed, against the nearest run")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="check the sha256 of every stored file")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What would run, what is cached, and why. Computes nothing, writes nothing but a cache of file hashes."""
+    from pipeline.experiment import load_experiment
+    from pipeline.inspect_store import show_plan
+    from pipeline.plan import Selection
+
+    selection = Selection(tuple(only or ()), tuple(start or ()), tuple(force or ()))
+    show_plan(load_experiment(config, overrides or ()), root, selection, explain, verify, as_json, console())
+
+
+@app.command()
+def rerun(
+    run_id: Annotated[str, typer.Argument(metavar="MLFLOW_RUN_ID", help="a run of an experiment or of a stage")],
+    overrides: OverridesArgument = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="STAGE[/VARIANT]", help="recompute this one (default: the run's own stage)"),
+    ] = None,
+    local: LocalOption = False,
+    root: RootOption = None,
+    address: AddressOption = None,
+    no_wait: NoWaitOption = False,
+) -> None:
+    """Recompute a stage of an earlier run, or all of them; the experiment comes from the run, not from a local file."""
+    from pipeline.document import apply_overrides
+    from pipeline.experiment import compose, resolve_root
+    from pipeline.plan import Selection
+    from pipeline.run import RunOptions, run_experiment
+    from pipeline.tracking import experiment_of_run, probe, tracking_uri
+
+    uri = tracking_uri(resolve_root(None, root))
+    probe(uri)
+    document, node_id, run_root = experiment_of_run(uri, run_id)
+    experiment = compose(apply_overrides(document, overrides or ()))
+    force = tuple(stage or ()) or ((node_id,) if node_id else ("tokenize",))
+    options = RunOptions(
+        Selection(force=force),
+        local,
+        root or str(run_root),
+        address,
+        wait=not no_wait,
+        rerun_of=run_id,
+        command="lazypipe rerun",
+    )
+    raise typer.Exit(run_experiment(experiment, options, console()))
+
+
+@app.command()
+def status(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="only the stages of this experiment")
+    ] = None,
+    overrides: OverridesArgument = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is stored, running or interrupted below the root."""
+    from pipeline.inspect_store import show_status
+
+    show_status(config, overrides or (), root, as_json, console())
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="Ray dashboard, e.g. http://127.0.0.1:8265")
+    ] = "",
+    follow: Annotated[bool, typer.Option("--follow", help="stream the job's log and return its exit code")] = False,
+    root: RootOption = None,
+) -> None:
+    """Run an experiment as a job on a Ray cluster; the driver lives there and survives this command."""
+    from pipeline.cluster import submit_job
+
+    raise typer.Exit(submit_job(config, overrides or (), address, follow, root, console()))
+
+
+@app.command()
+def ui(
+    root: RootOption = None,
+    host: Annotated[str, typer.Option(help="interface to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 5000,
+) -> None:
+    """Open the MLflow UI on what is stored below the root."""
+    from pipeline.cluster import serve_ui
+
+    raise typer.Exit(serve_ui(root, host, port))
+
+
+@app.command()
+def doctor(root: RootOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine: versions, torch build, GPUs, corpus, disk, tracking."""
+    from pipeline.doctor import diagnose
+
+    raise typer.Exit(diagnose(root, as_json, console()))
+
+
+@app.command()
+def variants(as_json: JsonOption = False) -> None:
+    """The attention mechanisms an experiment file can name."""
+    from model.config import MIXERS
+
+    if as_json:
+        print(json.dumps(MIXERS, indent=1))
+        return
+    for name, description in MIXERS.items():
+        print(f"{name:<10} {description}")
+
+
+def main() -> NoReturn:
+    """Entry point of `lazypipe` and `python -m pipeline`."""
+    try:
+        app()
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,86 @@
+"""Ray Train around stages.pretrain: any number of workers, restarted from the last checkpoint when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.execute import MapFunction, StageTask
+from pipeline.experiment import PretrainResources
+from stages.configs import PretrainConfig, StageConfig
+from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
+
+RESULT = "result.json"
+
+
+def pretrain_on_workers(
+    task: StageTask,
+    config: StageConfig,
+    inputs: Mapping[str, Artifact],
+    map_function: MapFunction,  # noqa: ARG001  (training spreads over workers, not over a map)
+) -> Outputs:
+    """Train data-parallel with TorchTrainer; the stage's own checkpoints, not Ray's, carry a restart."""
+    # Each report or restart waits for the controller's poll: 2 s by default, a visible share of short runs.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = PretrainResources.model_validate(task.resources)
+    scratch = task.entry / "scratch"
+    (scratch / RESULT).unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "inputs": {name: (str(artifact.path), dict(artifact.manifest)) for name, artifact in inputs.items()},
+            "output_dir": str(task.entry / task.generation),
+            "scratch_dir": str(scratch),
+            "threads": task.threads,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker}
+            | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{task.fingerprint[:12]}-{task.generation}",  # Ray Train silently resumes an equal name
+            storage_path=str(scratch / "ray_train"),
+            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
+        ),
+    )
+    trainer.fit()
+    result = json.loads((scratch / RESULT).read_text(encoding="utf-8"))
+    if result["kind"] == "interrupted":
+        raise Interrupted(result["message"])
+    if result["kind"] == "refusal":
+        raise Refusal(result["message"])
+    return Outputs(metrics=result["metrics"], facts=result["facts"])
+
+
+def _worker(loop_config: dict[str, Any]) -> None:
+    """One worker: the same stage function, with its rank. What a restart cannot change ends the run normally."""
+    import ray.train
+    import torch
+
+    from stages import pretrain
+
+    torch.set_num_threads(loop_config["threads"])
+    train_context = ray.train.get_context()
+    rank = train_context.get_world_rank()
+    scratch = Path(loop_config["scratch_dir"])
+    context = Context(Path(loop_config["output_dir"]), scratch, rank, train_context.get_world_size())
+    inputs = {name: Artifact(Path(path), manifest) for name, (path, manifest) in loop_config["inputs"].items()}
+    result: dict[str, Any]
+    try:
+        outputs = pretrain.run(PretrainConfig.model_validate(loop_config["config"]), inputs, context)
+        result = {"kind": "done", "metrics": outputs.metrics, "facts": outputs.facts}
+    except Interrupted as interrupted:
+        result = {"kind": "interrupted", "message": str(interrupted)}
+    except Refusal as refusal:
+        result = {"kind": "refusal", "message": str(refusal)}
+    if rank == 0:
+        write_atomically(scratch / RESULT, json.dumps(result))

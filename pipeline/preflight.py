@@ -1,0 +1,73 @@
+"""Everything that can be refused before any compute: sources, tracking, disk space, GPUs that are not there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.corpus import SourceSummary, check_source, source_identity
+
+from model.config import parameter_count
+from pipeline.experiment import Experiment
+from pipeline.plan import Plan
+from stages.configs import PretrainConfig, TokenizeConfig
+from stages.contract import Refusal
+
+RESERVE_BYTES = 32 * 2**20  # MLflow's database, tables, figures
+BYTES_PER_TOKEN_GUESS = 2  # of text; a byte-level BPE gives 3-4, so this is on the safe side
+VOCABULARY_GUESS = 65_536  # for a tokenizer that is not trained here
+
+
+def inspect_sources(
+    experiment: Experiment, root: Path, write_cache: bool = True
+) -> tuple[SourceSummary, Mapping[str, Any]]:
+    """Check that the corpus and tokenizer can be used, and say what of them enters the recipe.
+
+    File hashes are cached below the root, unless `write_cache` is false and nothing was written there yet.
+    """
+    cache = root / "cache" if write_cache or root.exists() else None
+    min_tokens = min(variant.pretrain.seq_len for variant in experiment.variants.values()) + 1
+    summary = check_source(experiment.tokenize, cache, min_tokens=min_tokens)
+    return summary, source_identity(experiment.tokenize, cache)
+
+
+def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:
+    """Refuse when what will run cannot fit below the root: token shards, resume checkpoints, final weights."""
+    needed = RESERVE_BYTES
+    parts = []
+    for decision in plan.values():
+        if decision.action != "run":
+            continue
+        config = decision.node.config
+        size = 0
+        if isinstance(config, TokenizeConfig):
+            size = corpus_bytes // BYTES_PER_TOKEN_GUESS * (2 if config.token_dtype == "uint16" else 4)
+        elif isinstance(config, PretrainConfig):
+            size = checkpoint_bytes(config, _vocab_size(plan))
+        if size:
+            needed += size
+            parts.append(f"{decision.node.id} {_mib(size)}")
+    existing = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise Refusal(
+            f"not enough disk space below {root}: about {_mib(needed)} needed ({', '.join(parts)}, "
+            f"reserve {_mib(RESERVE_BYTES)}), {_mib(free)} free; free some, or choose another root with --root"
+        )
+
+
+def checkpoint_bytes(config: PretrainConfig, vocab_size: int) -> int:
+    """float32 weights, plus weights and two moments for every kept resume checkpoint and the one being written."""
+    return parameter_count(config.model, vocab_size) * 4 * (1 + 3 * (config.keep_checkpoints + 1))
+
+
+def _vocab_size(plan: Plan) -> int:
+    config = plan["tokenize"].node.config
+    assert isinstance(config, TokenizeConfig)
+    return int(getattr(config.tokenizer, "vocab_size", VOCABULARY_GUESS))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

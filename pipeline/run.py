@@ -1,0 +1,241 @@
+"""One `lazypipe run`: check, plan, walk, report. Imports torch, ray and mlflow only if something is to be computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.table import Table
+from stages.report_table import terminal_rows
+
+from pipeline import lease
+from pipeline.experiment import Experiment, resolve_root
+from pipeline.fingerprint import canonical
+from pipeline.plan import Plan, Selection, build_nodes, decide
+from pipeline.preflight import check_disk, inspect_sources
+from pipeline.progress import Display
+from pipeline.store import Generation, Store
+from pipeline.tracking import Tracker, probe, tracking_uri
+from pipeline.walk import Outcome, Walk
+from stages.contract import Refusal
+
+DONE, FAILED, USER_ERROR = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    selection: Selection = field(default_factory=Selection)
+    local: bool = False
+    root: str | None = None
+    address: str | None = None
+    wait: bool = True
+    rerun_of: str | None = None
+    command: str = "lazypipe run"
+
+
+def make_plan(experiment: Experiment, root: Path, selection: Selection, full_check: bool) -> tuple[Plan, int]:
+    """(plan, bytes of the corpus). Cached inputs of stages that will run are verified in full when `full_check`."""
+    summary, source = inspect_sources(experiment, root)
+    nodes = build_nodes(experiment, source)
+    plan = decide(nodes, Store(root), selection)
+    if full_check and any(d.action == "run" for d in plan.values()):
+        plan = decide(nodes, Store(root), selection, full_check=True)
+    return plan, summary.bytes
+
+
+def run_experiment(experiment: Experiment, options: RunOptions, console: Console) -> int:
+    """Execute an experiment; returns the exit code."""
+    root = resolve_root(experiment, options.root)
+    plan, corpus_bytes = make_plan(experiment, root, options.selection, full_check=True)
+    to_run = [d for d in plan.values() if d.action == "run"]
+    if not to_run:
+        console.print(
+            f"{experiment.name}: everything asked for is cached below {root}", highlight=False, soft_wrap=True
+        )
+        print_report(plan["report"].generation, root, console)
+        return DONE
+    uri = tracking_uri(root)
+    probe(uri)
+    check_disk(plan, root, corpus_bytes)
+    command = " ".join([options.command, *sys.argv[2:]]) if len(sys.argv) > 2 else options.command
+    me = lease.myself(command[:200])
+    store = Store(root)
+    if not options.wait:
+        _refuse_held(plan, store)
+    print_plan(plan, console)
+    for decision in to_run:
+        if decision.damage is not None:
+            console.print(
+                f"warning: {decision.node.id} is recomputed: {decision.damage}", highlight=False, soft_wrap=True
+            )
+    root.mkdir(parents=True, exist_ok=True)
+    with caught_signals() as caught:
+        return _execute(experiment, options, console, plan, store, uri, me, caught)
+
+
+def _execute(
+    experiment: Experiment,
+    options: RunOptions,
+    console: Console,
+    plan: Plan,
+    store: Store,
+    uri: str,
+    me: lease.Holder,
+    caught: CaughtSignal,
+) -> int:
+    from pipeline.backends import Backend, LocalBackend, RayBackend, demand_of
+
+    nodes = {node_id: d.node for node_id, d in plan.items()}
+    backend: Backend = LocalBackend() if options.local else RayBackend(options.address, nodes, experiment)
+    display = Display(console, list(plan))
+    try:
+        for node in nodes.values():
+            demand_of(node, experiment, backend.capacity)
+        tracker = Tracker(uri, store.root, experiment, me)
+        tracker.start(plan, pipeline_key(plan), me.command, options.rerun_of)
+        walk = Walk(
+            plan,
+            store,
+            experiment,
+            backend,
+            tracker,
+            display,
+            me,
+            wait=options.wait,
+            rerun_of=options.rerun_of,
+            stop_signal=lambda: caught.number,
+        )
+        caught.on_signal = walk.interrupt
+        display.start()
+        try:
+            outcomes = walk.run()
+        except BaseException:
+            tracker.finish("FAILED", None)
+            raise
+        finally:
+            display.stop()
+        report = outcomes["report"]
+        killed = caught.number is not None or any(o.state == "killed" for o in outcomes.values())
+        failed = any(o.state in ("failed", "blocked") for o in outcomes.values())
+        tracker.finish(
+            "KILLED" if killed else "FAILED" if failed else "FINISHED",
+            report.generation if report.state == "done" else None,
+        )
+    finally:
+        backend.close()
+    if killed:
+        console.print("interrupted; the next run resumes from here", highlight=False)
+        return 128 + (caught.number or signal.SIGINT)
+    if failed:
+        return print_failures(outcomes, console)
+    if report.generation is not None:
+        print_report(report.generation, store.root, console)
+    print_where_to_look(report.generation, store.root, uri, tracker.parent_id, console)
+    return DONE
+
+
+def pipeline_key(plan: Plan) -> str:
+    """Identifies an experiment's recipes as a whole: equal for equal plans, whatever is cached."""
+    return hashlib.sha256(canonical({i: d.node.fingerprint for i, d in plan.items()}).encode()).hexdigest()[:32]
+
+
+def _refuse_held(plan: Plan, store: Store) -> None:
+    for decision in plan.values():
+        holder = lease.living_holder(store.entry(decision.node.stage, decision.node.fingerprint).path)
+        if decision.action == "run" and holder is not None:
+            raise Refusal(
+                f"{decision.node.id}: {holder.describe()} is executing it now; leave --no-wait out to wait for it"
+            )
+
+
+# ---- signals
+
+
+@dataclass
+class CaughtSignal:
+    """`on_signal` reacts to the first signal and says whether the main thread must be interrupted at once."""
+
+    number: int | None = None
+    on_signal: Callable[[], bool] | None = None
+
+
+@contextmanager
+def caught_signals() -> Iterator[CaughtSignal]:
+    """The first SIGINT or SIGTERM asks for an orderly stop; a second one is a KeyboardInterrupt."""
+    caught = CaughtSignal()
+
+    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        first = caught.number is None
+        caught.number = caught.number or number
+        interrupt_now = caught.on_signal() if first and caught.on_signal is not None else True
+        if interrupt_now:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    except KeyboardInterrupt:
+        raise SystemExit(128 + (caught.number or signal.SIGINT)) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---- what is printed
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "", "why"):
+        table.add_column(column, overflow="fold")
+    styles = {"run": "yellow", "cached": "cyan", "skipped": "dim"}
+    for node_id, decision in plan.items():
+        stored = decision.generation.id if decision.generation is not None else ""
+        why = "; ".join(decision.reasons) or stored
+        table.add_row(node_id, f"[{styles[decision.action]}]{decision.action}[/]", why)
+    console.print(table)
+
+
+def print_report(report: Generation | None, root: Path, console: Console) -> None:
+    if report is None:
+        console.print(f"no report is stored below {root}", highlight=False, soft_wrap=True)
+        return
+    columns, rows = terminal_rows(json.loads((report.path / "report.json").read_text(encoding="utf-8")))
+    table = Table(header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"report: {report.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def print_where_to_look(report: Generation | None, root: Path, uri: str, run_id: str, console: Console) -> None:
+    where = f"lazypipe ui --root {root}" if uri.startswith("sqlite:") else uri
+    console.print(f"MLflow: {where}   (run {run_id})", highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print("rerun one stage: lazypipe run CONFIG --force evaluate/VARIANT", highlight=False)
+
+
+def print_failures(outcomes: dict[str, Outcome], console: Console) -> int:
+    """Print the root causes; 2 when the user can fix all of them, else 1."""
+    failed = {i: o for i, o in outcomes.items() if o.state == "failed"}
+    for node_id, outcome in failed.items():
+        if isinstance(outcome.error, Refusal):
+            text = f"error: {node_id}: {outcome.error}"
+        else:
+            tail = "\n".join(outcome.traceback.rstrip().splitlines()[-12:])
+            text = f"{tail}\nerror: {node_id} failed: {type(outcome.error).__name__}: {outcome.error}"
+        print(text, file=sys.stderr, flush=True)
+    blocked = [i for i, o in outcomes.items() if o.state == "blocked"]
+    if blocked:
+        console.print(f"blocked: {', '.join(blocked)}", highlight=False, soft_wrap=True)
+    return USER_ERROR if all(isinstance(o.error, Refusal) for o in failed.values()) else FAILED

@@ -1,0 +1,422 @@
+"""MLflow: a parent run per experiment, a child run per executed stage; cached stages are linked, never faked.
+
+Only the driver talks to MLflow. A stage writes metrics.jsonl; the driver tails it and logs in batches (a sqlite commit
+per batch instead of 18 ms per metric), so one client touches the database, a dead server costs no training step, and a
+resumed run skips the steps that were logged before it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.code_version import CodeVersion, code_version
+from pipeline.document import dump_yaml
+from pipeline.experiment import Experiment
+from pipeline.fingerprint import flatten
+from pipeline.lease import Holder, is_alive
+from pipeline.plan import Node, Plan
+from pipeline.store import MANIFEST, Generation
+from stages.contract import Refusal
+
+PROBE_TIMEOUT_S = 3.0
+MAX_ARTIFACT_BYTES = 64 * 2**20  # larger files stay in the store and are linked by path
+LINKED_SUFFIXES = (".arrow",)  # token shards: data, not results
+EXPERIMENT_FILE = "experiment.yaml"
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, else a database below the root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+
+
+def probe(uri: str) -> None:
+    """Refuse a tracking URI that cannot work, within seconds and without importing mlflow."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        try:
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_TIMEOUT_S):
+                return
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                return  # a server that wants credentials is there; mlflow reads them from its own environment
+            reason = f"it answered HTTP {error.code} to /health"
+        except (OSError, ValueError) as error:
+            reason = str(getattr(error, "reason", error))
+        raise Refusal(
+            f"MLflow tracking URI {uri} is unreachable: {reason}; start the server, correct MLFLOW_TRACKING_URI, "
+            "or unset it to log to a local database"
+        )
+    if parts.scheme in ("", "file"):
+        raise Refusal(
+            f"MLflow tracking URI {uri!r} is a file store, which MLflow no longer accepts; "
+            "use sqlite:///path/to/mlflow.db or the address of an MLflow server"
+        )
+    if parts.scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        if not os.access(existing, os.W_OK):
+            raise Refusal(f"MLflow tracking URI {uri}: {existing} is not writable; choose another root or URI")
+
+
+@dataclass
+class ChildRun:
+    """A stage's MLflow run and how far its metrics.jsonl has been logged."""
+
+    run_id: str
+    metrics_file: Path
+    offset: int = 0
+    last_step: int = -1
+    streamed: set[str] = field(default_factory=set)
+
+
+class Tracker:
+    """One pipeline execution in MLflow. Tracking errors after the start are reported and retried, never fatal."""
+
+    def __init__(self, uri: str, root: Path, experiment: Experiment, me: Holder):
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+        from mlflow import MlflowClient
+
+        self.uri = uri
+        self.experiment = experiment
+        self._root = root
+        self._me = me
+        self._troubled = False
+        mlflow.set_tracking_uri(uri)
+        self.client = MlflowClient(tracking_uri=uri)
+        self.experiment_id = self._experiment_id()
+        self.parent_id = ""
+
+    def _experiment_id(self) -> str:
+        found = self.client.get_experiment_by_name(self.experiment.name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                self.client.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+        location = str(self._root / "artifacts") if self.uri.startswith("sqlite:") else None
+        return str(self.client.create_experiment(self.experiment.name, artifact_location=location))
+
+    # ---- the parent run
+
+    def start(self, plan: Plan, pipeline: str, command: str, rerun_of: str | None) -> None:
+        """Open the parent run: the one an interrupted execution of the same pipeline left behind, else a new one."""
+        from mlflow.entities import RunTag
+
+        code = code_version()
+        tags = {
+            "lazypipe.kind": "experiment",
+            "lazypipe.pipeline": pipeline,
+            "lazypipe.owner": json.dumps(self._me.__dict__),
+            "lazypipe.command": command,
+            "lazypipe.root": str(self._root),
+            **_code_tags(code),
+        }
+        if rerun_of is not None:
+            tags["lazypipe.rerun_of"] = rerun_of
+        interrupted = self._interrupted_parent(pipeline) if rerun_of is None else None
+        if interrupted is not None:
+            self.parent_id = interrupted
+            self.client.update_run(interrupted, status="RUNNING")
+            self.client.log_batch(interrupted, tags=[RunTag(key, value) for key, value in tags.items()])
+        else:
+            run = self.client.create_run(self.experiment_id, tags=tags, run_name=self.experiment.name)
+            self.parent_id = run.info.run_id
+            self._log_params(self.parent_id, flatten(self.experiment.document))
+        self._log_documents(plan, code)
+        for decision in plan.values():
+            if decision.action == "cached" and decision.generation is not None:
+                self.link(decision.node, decision.generation)
+
+    def _interrupted_parent(self, pipeline: str) -> str | None:
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`lazypipe.pipeline` = '{pipeline}' and tags.`lazypipe.kind` = 'experiment'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        if not runs or runs[0].info.status not in ("RUNNING", "KILLED"):
+            return None
+        if runs[0].info.status == "RUNNING":
+            try:
+                if is_alive(Holder(**json.loads(runs[0].data.tags["lazypipe.owner"]))) is not False:
+                    return None
+            except (KeyError, ValueError, TypeError):
+                return None
+        return str(runs[0].info.run_id)
+
+    def _log_documents(self, plan: Plan, code: CodeVersion) -> None:
+        folder = self._root / "runs" / self.parent_id
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_yaml(self.experiment.document, folder / EXPERIMENT_FILE)
+        decisions = {
+            node_id: {"action": d.action, "reasons": d.reasons, "fingerprint": d.node.fingerprint}
+            for node_id, d in plan.items()
+        }
+        (folder / "plan.json").write_text(json.dumps(decisions, indent=1) + "\n", encoding="utf-8")
+        if code.diff:
+            (folder / "git.diff").write_text(code.diff, encoding="utf-8")
+        for file in sorted(folder.iterdir()):
+            self.client.log_artifact(self.parent_id, str(file))
+
+    def link(self, node: Node, generation: Generation) -> None:
+        """Point from the parent run to the run that computed a cached stage."""
+        run_id = generation.manifest.get("tracking", {}).get("run_id", "")
+        target = f"{generation.id} (run {run_id})" if run_id else generation.id
+        self._safely(lambda: self.client.set_tag(self.parent_id, f"lazypipe.cached.{node.id}", target))
+
+    def finish(self, status: str, report: Generation | None) -> None:
+        """Close the parent run; a report's numbers, page and pictures are logged on it."""
+
+        def close() -> None:
+            if report is not None:
+                self._log_metrics(self.parent_id, report.manifest["metrics"], step=0)
+                for name in report.manifest["files"]:
+                    folder = Path(name).parent.as_posix()
+                    self.client.log_artifact(self.parent_id, str(report.path / name), None if folder == "." else folder)
+            self.client.set_terminated(self.parent_id, status=status)
+
+        self._safely(close)
+
+    # ---- a stage's run
+
+    def open_child(
+        self, node: Node, scratch: Path, metrics_file: Path, generation: str, rerun_of: str | None
+    ) -> ChildRun:
+        """Create the stage's run, or take up the one its interrupted execution logged to."""
+        attempt = scratch / "attempt.json"
+        tags = {
+            "mlflow.parentRunId": self.parent_id,
+            "lazypipe.kind": "stage",
+            "lazypipe.stage": node.stage,
+            "lazypipe.variant": node.variant or "",
+            "lazypipe.fingerprint": node.fingerprint,
+            "lazypipe.generation": f"{node.stage}/{node.fingerprint[:12]}/{generation}",
+            "lazypipe.pipeline": self._pipeline_tag(),
+            **_code_tags(code_version()),
+        }
+        if rerun_of is not None:
+            tags["lazypipe.rerun_of"] = rerun_of
+        child = self._resume_child(attempt, tags, metrics_file)
+        if child is None:
+            run = self.client.create_run(self.experiment_id, tags=tags, run_name=node.id)
+            child = ChildRun(run.info.run_id, metrics_file)
+            params = flatten(node.config.model_dump(mode="json"))
+            params |= {"stage": node.stage, "experiment": self.experiment.name}
+            if node.variant is not None:
+                params["variant"] = node.variant
+            self._log_params(child.run_id, params)
+        attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
+        return child
+
+    def _pipeline_tag(self) -> str:
+        return str(self.client.get_run(self.parent_id).data.tags.get("lazypipe.pipeline", ""))
+
+    def _resume_child(self, attempt: Path, tags: Mapping[str, str], metrics_file: Path) -> ChildRun | None:
+        from mlflow.entities import RunTag
+        from mlflow.exceptions import MlflowException
+
+        try:
+            before = json.loads(attempt.read_text(encoding="utf-8"))
+            if before["uri"] != self.uri:
+                return None
+            run = self.client.get_run(before["run_id"])
+        except (OSError, ValueError, KeyError, MlflowException):
+            return None
+        if run.info.lifecycle_stage != "active":
+            return None
+        run_id = run.info.run_id
+        self.client.update_run(run_id, status="RUNNING")
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        last = -1
+        for name in run.data.metrics:
+            last = max([last, *(point.step for point in self.client.get_metric_history(run_id, name))])
+        return ChildRun(run_id, metrics_file, last_step=last, streamed=set(run.data.metrics))
+
+    def pump(self, child: ChildRun) -> None:
+        """Log the complete lines of metrics.jsonl that were not logged yet."""
+        try:
+            with child.metrics_file.open("rb") as file:
+                file.seek(child.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        complete = data[: data.rfind(b"\n") + 1]
+        if complete and self._safely(lambda: self._log_lines(child, complete)):
+            child.offset += len(complete)
+
+    def _log_lines(self, child: ChildRun, lines: bytes) -> None:
+        from mlflow.entities import Metric
+
+        points, last = [], child.last_step
+        for line in lines.splitlines():
+            entry = json.loads(line)
+            step = int(entry["step"])
+            if step <= child.last_step:
+                continue
+            last = max(last, step)
+            child.streamed.update(entry["metrics"])
+            stamp = int(entry["time"] * 1000)
+            points += [Metric(name, value, stamp, step) for name, value in entry["metrics"].items()]
+        for start in range(0, len(points), 1000):
+            self.client.log_batch(child.run_id, metrics=points[start : start + 1000])
+        child.last_step = last
+
+    def finish_child(self, child: ChildRun, node: Node, generation: Generation) -> None:
+        """Log what a finished stage left: final numbers, corpus, pictures, tables, small files, its checkpoint."""
+
+        def close() -> None:
+            final = {k: v for k, v in generation.manifest["metrics"].items() if k not in child.streamed}
+            self._log_metrics(child.run_id, final, step=max(child.last_step, 0))
+            for key, value in _flat_facts(generation.manifest["facts"]).items():
+                self.client.set_tag(child.run_id, f"fact.{key}", value)
+            self.client.set_tag(child.run_id, "lazypipe.path", str(generation.path))
+            self._log_files(child.run_id, generation)
+            self.client.set_terminated(child.run_id, status="FINISHED")
+
+        self.pump(child)
+        self._safely(close)
+        self._safely(lambda: self._log_model(child.run_id, node, generation))
+
+    def log_corpus(self, run_id: str, corpus: Generation, context: str) -> None:
+        """Attach the tokenized corpus as an MLflow dataset; its digest is the first 32 of its fingerprint."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        facts = corpus.manifest["facts"]
+        source = json.dumps({"kind": facts["source"]["kind"], "path": str(corpus.path)})
+        profile = json.dumps({k: corpus.manifest["metrics"][k] for k in sorted(corpus.manifest["metrics"])})
+        dataset = Dataset(
+            name=f"{facts['source']['kind']}-corpus",
+            digest=corpus.fingerprint[:32],
+            source_type="local",
+            source=source,
+            profile=profile,
+        )
+        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
+        self._safely(lambda: self.client.log_inputs(run_id, datasets=inputs))
+
+    def fail_child(self, child: ChildRun, status: str, error: str) -> None:
+        self.pump(child)
+
+        def close() -> None:
+            if error:
+                self.client.set_tag(child.run_id, "lazypipe.error", error[:4000])
+                self.client.log_text(child.run_id, error, "error.txt")
+            self.client.set_terminated(child.run_id, status=status)
+
+        self._safely(close)
+
+    # ---- what the methods above share
+
+    def _log_files(self, run_id: str, generation: Generation) -> None:
+        for name, entry in [*generation.manifest["files"].items(), (MANIFEST, {"size": 0})]:
+            if name.endswith((*LINKED_SUFFIXES, ".safetensors")) or entry["size"] > MAX_ARTIFACT_BYTES:
+                continue
+            folder = Path(name).parent.as_posix()
+            self.client.log_artifact(run_id, str(generation.path / name), None if folder == "." else folder)
+
+    def _log_model(self, run_id: str, node: Node, generation: Generation) -> None:
+        """A pretrained model becomes a LoggedModel holding its safetensors checkpoint, if that is small enough."""
+        checkpoint = generation.path / "checkpoint"
+        if node.stage != "pretrain" or _size(checkpoint) > MAX_ARTIFACT_BYTES:
+            return
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            name=str(node.variant),
+            source_run_id=run_id,
+            tags={"lazypipe.fingerprint": node.fingerprint},
+            params={"mixer": str(generation.manifest["config"]["model"]["mixer"])},
+        )
+        self.client.log_model_artifacts(model.model_id, str(checkpoint))
+        self.client.finalize_logged_model(model.model_id, "READY")
+
+    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        stamp = int(time.time() * 1000)
+        points = [Metric(name, float(value), stamp, step) for name, value in metrics.items()]
+        for start in range(0, len(points), 1000):
+            self.client.log_batch(run_id, metrics=points[start : start + 1000])
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
+        for start in range(0, len(entries), 100):
+            self.client.log_batch(run_id, params=entries[start : start + 100])
+
+    def _safely(self, action: Callable[[], object]) -> bool:
+        """Tracking is a by-product of hours of compute: an error is said once and retried with the next batch."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            action()
+        except (MlflowException, OSError) as error:
+            if not self._troubled:
+                print(f"warning: MLflow at {self.uri}: {error}; going on, will retry", file=sys.stderr, flush=True)
+            self._troubled = True
+            return False
+        self._troubled = False
+        return True
+
+
+def _code_tags(code: CodeVersion) -> dict[str, str]:
+    tags = {"lazypipe.sources": code.sources[:32]}
+    if code.commit is not None:
+        tags |= {"mlflow.source.git.commit": code.commit, "lazypipe.git.dirty": str(code.dirty).lower()}
+    return tags
+
+
+def _flat_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    flat = flatten(facts)
+    return {key: str(value)[:500] for key, value in flat.items() if not isinstance(value, (list, tuple, dict))}
+
+
+def _size(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None, Path]:
+    """(experiment document, node id of a stage's run or None, root) of an MLflow run; unknown ids are refused."""
+    import tempfile
+
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.document import read_document
+
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise Refusal(
+            f"rerun {run_id}: the tracking server at {uri} knows no such run ({error.message.splitlines()[0]}); "
+            "take the id from the MLflow UI or `lazypipe status`, and check MLFLOW_TRACKING_URI and --root"
+        ) from error
+    tags = run.data.tags
+    kind = tags.get("lazypipe.kind")
+    parent_id = run_id if kind == "experiment" else tags.get("mlflow.parentRunId")
+    if kind not in ("experiment", "stage") or parent_id is None:
+        raise Refusal(f"rerun {run_id}: this MLflow run was not logged by lazypipe")
+    node_id = None
+    if kind == "stage":
+        node_id = "/".join(part for part in (tags["lazypipe.stage"], tags.get("lazypipe.variant", "")) if part)
+    root = Path(client.get_run(parent_id).data.tags["lazypipe.root"])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = client.download_artifacts(parent_id, EXPERIMENT_FILE, folder)
+        except (MlflowException, OSError) as error:
+            raise Refusal(f"rerun {run_id}: its run {parent_id} holds no {EXPERIMENT_FILE} ({error})") from error
+        return read_document(Path(path)), node_id, root
