@@ -12,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 from rich.table import Table
-from stages.corpus import check_source
 
 from pipeline.execute import RECORDED_VERSIONS
 from pipeline.experiment import resolve_root
 from pipeline.tracking import probe, tracking_uri
 from stages.configs import TokenizeConfig
 from stages.contract import Refusal
+from stages.corpus import check_source
 
 Check = tuple[str, bool, str]
 

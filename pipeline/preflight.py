@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.corpus import SourceSummary, check_source, source_identity
-
 from model.config import parameter_count
 from pipeline.experiment import Experiment
 from pipeline.plan import Plan
 from stages.configs import PretrainConfig, TokenizeConfig
 from stages.contract import Refusal
+from stages.corpus import SourceSummary, check_source, source_identity
 
 RESERVE_BYTES = 32 * 2**20  # MLflow's database, tables, figures
 BYTES_PER_TOKEN_GUESS = 2  # of text; a byte-level BPE gives 3-4, so this is on the safe side

@@ -14,7 +14,6 @@ from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
-from stages.report_table import terminal_rows
 
 from pipeline import lease
 from pipeline.experiment import Experiment, resolve_root
@@ -26,6 +25,7 @@ from pipeline.store import Generation, Store
 from pipeline.tracking import Tracker, probe, tracking_uri
 from pipeline.walk import Outcome, Walk
 from stages.contract import Refusal
+from stages.report_table import terminal_rows
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 

