@@ -1,0 +1,223 @@
+"""Sparsity stage: what the attention weights of a trained model look like on held-out text.
+
+Windows of `seq_len` tokens, evenly spread over the validation split, go through the model one at a time; at most
+[H, query_block, seq_len] weights exist at once. The untrained model of the same architecture and seed goes through the
+same windows and the same code: random scores under tau = -1 are already 50 to 69 % exact zeros, so a sparsity means
+little without that number beside it. A window is a stretch of the packed token stream; it may hold a document border,
+as in training.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.checkpoint import load_checkpoint
+from model.mixers.lazy import LazyAttention
+from model.transformer import Transformer
+from stages import pictures
+from stages.attention_metrics import average_windows, measure_windows
+from stages.batches import read_window, validation_windows
+from stages.configs import PretrainConfig, SparsityConfig
+from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.shards import TokenShards
+
+HEAT_MAP_TOKENS = 256  # a picture of more tokens than pixels would have to merge weights, zeros among them
+
+Array = NDArray[Any]
+HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H]
+
+
+def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+    """Measure attention metrics per layer and head of inputs["pretrain"] on the validation split of inputs["tokenize"].
+
+    Writes tables/heads, tables/layers and figures/*.png. Raises Refusal when the split has no window of seq_len tokens
+    or the checkpoint's weights are not finite, Interrupted when a stop is asked for.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shards = TokenShards(inputs["tokenize"].path / "validation")
+    windows = validation_windows(shards, config.seq_len, config.windows)
+    if len(windows) < config.windows:
+        warnings.warn(
+            f"the validation split holds {len(windows)} windows of seq_len={config.seq_len}, "
+            f"{config.windows} were asked for; the attention is measured on these {len(windows)}",
+            stacklevel=2,
+        )
+    checkpoint = load_checkpoint(inputs["pretrain"].path / "checkpoint", device)
+    model = checkpoint.model
+    _refuse_diverged(model)
+    beyond_training = config.seq_len > model.config.max_seq_len
+    if beyond_training:
+        warnings.warn(
+            f"sparsity.seq_len={config.seq_len} is above model.max_seq_len={model.config.max_seq_len}: "
+            "the attention is measured on longer windows than the model was meant for",
+            stacklevel=2,
+        )
+    seed = int(inputs["pretrain"].manifest.get("config", {}).get("seed", PretrainConfig().seed))
+    untrained = Transformer(model.config, checkpoint.vocab_size, seed=seed).to(device)
+
+    trained = measure_model(model, shards, windows, config, context, windows_before=0)
+    before = measure_model(untrained, shards, windows, config, context, windows_before=len(windows))
+    heads = chosen_heads(model.config.num_heads, config.heat_map_heads)
+    maps = attention_maps(model, _window_tokens(shards, windows[0], config, device), heads, config)
+
+    taus, biases = lazy_parameters(model)
+    _log_tables(context, trained, before, taus)
+    _log_pictures(context, trained, before, maps, heads, config.seq_len)
+    metrics = summary(trained, before)
+    if taus is not None and biases is not None:
+        tau_init = model.config.tau_init
+        _, initial_biases = lazy_parameters(untrained)
+        metrics |= {
+            "tau_mean": float(taus.mean()),
+            "tau_min": float(taus.min()),
+            "tau_max": float(taus.max()),
+            "tau_moved": float(np.abs(taus - tau_init).max()),
+            "bias_max": float(np.abs(biases).max()),
+            "bias_moved": float(np.abs(biases - initial_biases).max()),
+        }
+        context.log_figure("tau_heat_map", pictures.tau_heat_map(taus, tau_init))
+        context.log_figure("bias_curves", pictures.bias_curves(biases))
+    facts = {
+        "windows": len(windows),
+        "windows_asked": config.windows,
+        "seq_len": config.seq_len,
+        "beyond_max_seq_len": beyond_training,
+        "untrained_seed": seed,
+        "heat_map_heads": heads,
+        "mixer": model.config.mixer,
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    return Outputs(metrics, facts)
+
+
+def measure_model(
+    model: Transformer,
+    shards: TokenShards,
+    windows: NDArray[np.int64],
+    config: SparsityConfig,
+    context: Context,
+    windows_before: int,
+) -> HeadMetrics:
+    """Every attention metric [layers, H], averaged over the windows; `windows_before` counts another model's."""
+    device = model.embedding.weight.device
+    per_window = []
+    for index, window in enumerate(windows):
+        if context.stop_requested:
+            raise Interrupted(f"stopped after {windows_before + index} of {2 * len(windows)} windows")
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            tokens = _window_tokens(shards, window, config, device)
+            per_window.append(measure_windows(model.eval().attention_rows(tokens, config.query_block)))
+        context.progress(windows_before + index + 1, 2 * len(windows), "windows")
+    return average_windows(per_window)
+
+
+def attention_maps(model: Transformer, tokens: Tensor, heads: list[int], config: SparsityConfig) -> Array:
+    """Weights of `heads` among the first T <= 256 of tokens [1, L], float32 [layers, len(heads), T, T].
+
+    Attention is causal: cutting the window there changes none of these weights.
+    """
+    shown = tokens[:, :HEAT_MAP_TOKENS]
+    maps = np.zeros((model.config.num_layers, len(heads), shown.shape[1], shown.shape[1]), dtype=np.float32)
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        for layer, start, weights in model.eval().attention_rows(shown, config.query_block):
+            maps[layer, :, start : start + weights.shape[2]] = weights[0, heads].float().cpu().numpy()
+    return maps
+
+
+def chosen_heads(num_heads: int, count: int) -> list[int]:
+    """`count` head numbers spread evenly over 0 ... num_heads - 1 (all of them when there are fewer)."""
+    return sorted({round(head) for head in np.linspace(0, num_heads - 1, min(count, num_heads))})
+
+
+def lazy_parameters(model: Transformer) -> tuple[Array, Array] | tuple[None, None]:
+    """(tau [layers, H], bias [layers, H, W]) as float64, or (None, None) when the mixer has neither."""
+    mixers = [layer.get_submodule("mixer") for layer in model.layers]
+    lazy = [mixer for mixer in mixers if isinstance(mixer, LazyAttention)]
+    if len(lazy) < len(mixers):
+        return None, None
+    taus = np.stack([mixer.tau.detach().double().cpu().numpy() for mixer in lazy])
+    biases = np.stack([mixer.bias.detach().double().cpu().numpy() for mixer in lazy])
+    return taus, biases
+
+
+def summary(trained: HeadMetrics, before: HeadMetrics) -> dict[str, float]:
+    """Every metric averaged over layers and heads, the untrained sparsity, and sparsity and sink of each layer."""
+    means = {name: _mean(values) for name, values in trained.items()}
+    means["untrained_sparsity"] = _mean(before["sparsity"])
+    for name in ("sparsity", "sink"):
+        for layer, values in enumerate(trained[name]):
+            means[f"{name}/layer_{layer}"] = _mean(values)
+    return {name: value for name, value in means.items() if value is not None}
+
+
+def _log_tables(context: Context, trained: HeadMetrics, before: HeadMetrics, taus: Array | None) -> None:
+    layers, num_heads = trained["sparsity"].shape
+    head_rows = [
+        {
+            "layer": layer,
+            "head": head,
+            **{name: _number(values[layer, head]) for name, values in trained.items()},
+            "untrained_sparsity": _number(before["sparsity"][layer, head]),
+            "untrained_sink": _number(before["sink"][layer, head]),
+            "tau": None if taus is None else _number(taus[layer, head]),
+        }
+        for layer in range(layers)
+        for head in range(num_heads)
+    ]
+    layer_rows = [
+        {
+            "layer": layer,
+            **{name: _mean(values[layer]) for name, values in trained.items()},
+            "untrained_sparsity": _mean(before["sparsity"][layer]),
+            "untrained_sink": _mean(before["sink"][layer]),
+            "tau": None if taus is None else _mean(taus[layer]),
+        }
+        for layer in range(layers)
+    ]
+    context.log_table("heads", head_rows)
+    context.log_table("layers", layer_rows)
+
+
+def _log_pictures(
+    context: Context, trained: HeadMetrics, before: HeadMetrics, maps: Array, heads: list[int], seq_len: int
+) -> None:
+    series = {
+        name: [pictures.LayerSeries("mean over heads", trained[name], before[name])] for name in ("sparsity", "sink")
+    }
+    context.log_figure("sparsity_by_layer", pictures.sparsity_by_layer(series["sparsity"]))
+    context.log_figure("sink_by_layer", pictures.sink_by_layer(series["sink"]))
+    if heads:
+        for layer, weights in enumerate(maps):
+            context.log_figure(f"attention_layer_{layer}", pictures.attention_heat_map(weights, layer, heads, seq_len))
+
+
+def _window_tokens(shards: TokenShards, window: int, config: SparsityConfig, device: torch.device) -> Tensor:
+    """Inputs of a window, int64 [1, seq_len], without the last target."""
+    return torch.from_numpy(read_window(shards, config.seq_len, int(window))[None, :-1]).to(device)
+
+
+def _refuse_diverged(model: Transformer) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise Refusal(
+                f"parameter {name} of the checkpoint is not finite: training has diverged; "
+                "lower pretrain.lr, lengthen pretrain.warmup_steps, or lower pretrain.grad_clip"
+            )
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _mean(values: Array) -> float | None:
+    """Mean of the finite values; None when there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
