@@ -23,7 +23,6 @@ from stages.split import BOTH, DIGEST_DTYPE, SKIP, TRAIN, VALIDATION, divide_tai
 SPLITS = {TRAIN: "train", VALIDATION: "validation"}
 # Text handed to the tokenizer at once: its encodings take about 100 bytes a token, so 2 MiB stay below 100 MB.
 _BATCH_CHARACTERS = 2**21
-LENGTH_BINS = 64  # bin i counts documents of 2^i to 2^(i+1) - 1 tokens
 
 Report = Callable[[int, int], None]  # (bytes done, tokens done) of a unit so far
 
@@ -75,7 +74,6 @@ class EncodedSplit:
     documents: int
     tokens: int
     bytes: int
-    length_bins: npt.NDArray[np.int64]
 
 
 @dataclass
@@ -210,10 +208,7 @@ class _SplitWriter:
         columns = [pa.array(column, pa.int64()) for column in (self.starts, self.lengths, self.rows, self.sizes)]
         documents_file = self.task.directory / f"{self.stem}-documents.arrow"
         write_documents(documents_file, [pa.table(columns, schema=DOCUMENTS_SCHEMA)])
-        bins = np.bincount(np.frexp(np.array(self.lengths, np.float64))[1] - 1, minlength=LENGTH_BINS)
-        return EncodedSplit(
-            shards, documents_file, len(self.rows), self.writer.num_tokens, sum(self.sizes), bins.astype(np.int64)
-        )
+        return EncodedSplit(shards, documents_file, len(self.rows), self.writer.num_tokens, sum(self.sizes))
 
 
 def _task_pieces(task: EncodeTask) -> Iterator[_SidedPiece]:

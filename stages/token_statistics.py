@@ -14,6 +14,7 @@ from stages.encoding import PartScan
 from stages.split import Split
 
 _FILES_NAMED = 5
+_BINS = 24
 
 
 def unigram_entropy(counts: npt.NDArray[np.int64]) -> float:
@@ -22,35 +23,47 @@ def unigram_entropy(counts: npt.NDArray[np.int64]) -> float:
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-def length_histogram(bins: Mapping[str, Sequence[npt.NDArray[np.int64]]]) -> list[dict[str, int]]:
-    """Rows {from_tokens, to_tokens, train_documents, validation_documents} over the bins that occur, in order.
+def length_histogram(lengths: Mapping[str, Sequence[npt.NDArray[np.int64]]]) -> list[dict[str, int]]:
+    """Rows {from_tokens, to_tokens, train_documents, validation_documents}: bins over all lengths, both ends included.
 
-    bins: per split, one int64 [LENGTH_BINS] array per unit; bin i = documents of 2^i ... 2^(i+1) - 1 tokens with EOS.
+    lengths: per split, document lengths in tokens in any number of chunks. Bins are equally wide on a logarithmic
+    scale, or on a linear one when no document is 4 times as long as another.
     """
-    totals = {name: np.sum(np.stack(units), axis=0) for name, units in bins.items()}
-    occupied = np.flatnonzero(sum(totals.values()))
+    chunks = [chunk for split in lengths.values() for chunk in split if len(chunk)]
+    shortest, longest = min(int(c.min()) for c in chunks), max(int(c.max()) for c in chunks)
+    spaced = np.geomspace if longest >= 4 * shortest else np.linspace
+    edges = np.unique(np.rint(spaced(shortest, longest + 1, _BINS + 1)).astype(np.int64))
+    counts = {
+        name: np.sum([np.histogram(chunk, edges)[0] for chunk in split], axis=0) for name, split in lengths.items()
+    }
     return [
-        {"from_tokens": 2**i, "to_tokens": 2 ** (i + 1) - 1} | {f"{n}_documents": int(t[i]) for n, t in totals.items()}
-        for i in range(int(occupied[0]), int(occupied[-1]) + 1)
+        {"from_tokens": int(edges[i]), "to_tokens": int(edges[i + 1]) - 1}
+        | {f"{name}_documents": int(split_counts[i]) for name, split_counts in counts.items()}
+        for i in range(len(edges) - 1)
     ]
 
 
 def length_figure(histogram: Sequence[Mapping[str, int]]) -> Any:
     """A matplotlib figure of length_histogram's rows, the two splits stacked."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    positions = np.arange(len(histogram))
+    left = np.array([row["from_tokens"] for row in histogram])
+    right = np.array([row["to_tokens"] + 1 for row in histogram])
     bottom = np.zeros(len(histogram))
     for name, color in (("train", "#4477aa"), ("validation", "#ee7733")):
         heights = np.array([row[f"{name}_documents"] for row in histogram])
-        axes.bar(positions, heights, bottom=bottom, width=0.9, color=color, label=f"{name} ({heights.sum():,})")
+        label = f"{name} ({heights.sum():,})"
+        axes.bar(left, heights, right - left, bottom, align="edge", color=color, edgecolor="white", label=label)
         bottom += heights
-    axes.set_xticks(positions, [_tokens(row["from_tokens"]) for row in histogram])
+    if right[-1] >= 10 * left[0]:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("document length in tokens: from this to below the next mark")
+    axes.set_xlabel("document length in tokens")
     axes.set_ylabel("documents")
     axes.set_title("Document lengths")
     axes.spines[["top", "right"]].set_visible(False)
@@ -107,10 +120,3 @@ def warn_of_eos_in_text(occurrences: int, eos_token: str) -> None:
             "characters. If it separates documents of a txt file, set source.document_separator to it",
             stacklevel=2,
         )
-
-
-def _tokens(count: int) -> str:
-    for size, unit in ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):
-        if count >= size:
-            return f"{count // size}{unit}"
-    return str(count)

@@ -117,7 +117,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     encoded = _encode(config, corpus, split, coder, context)
     warn_of_eos_in_text(sum(unit.eos_in_text for unit in encoded), eos_token)
     splits = _assemble(encoded, context.output_dir)
-    histogram = length_histogram({name: [unit.splits[name].length_bins for unit in encoded] for name in splits})
+    histogram = length_histogram({name: _document_lengths(context.output_dir / name) for name in splits})
     context.log_table("document_lengths", histogram)
     context.log_table("sources", source_rows(corpus.units, corpus.scans))
     context.log_figure("document_lengths", length_figure(histogram))
@@ -293,3 +293,9 @@ def _joined_documents(parts: Sequence[EncodedSplit]) -> Iterator[Any]:
         table = read_documents(part.documents_file)
         yield table.set_column(0, DOCUMENTS_SCHEMA.field("start"), pc.add(table.column("start"), first_token))
         first_token += part.tokens
+
+
+def _document_lengths(directory: Path) -> list[npt.NDArray[np.int64]]:
+    """Lengths in tokens, memory-mapped, in the chunks they are stored in."""
+    column = read_documents(directory / DOCUMENTS_FILE).column("length")
+    return [chunk.to_numpy(zero_copy_only=True) for chunk in column.chunks]
