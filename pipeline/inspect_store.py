@@ -31,8 +31,8 @@ def show_plan(
     """Print decisions and reasons; with an explanation, the fields that differ from the nearest stored recipe."""
     root = resolve_root(experiment, root_option)
     store = Store(root)
-    _, source = inspect_sources(experiment, root, write_cache=False)
-    decisions = decide(build_nodes(experiment, source), store, selection, full_check=verify)
+    sources = inspect_sources(experiment, root, write_cache=False)
+    decisions = decide(build_nodes(sources.experiment, sources.identity), store, selection, full_check=verify)
     changes = {
         node_id: explain(d.node, store)
         for node_id, d in decisions.items()
@@ -74,8 +74,8 @@ def show_status(
     root = resolve_root(experiment, root_option)
     store = Store(root)
     if experiment is not None:
-        _, source = inspect_sources(experiment, root, write_cache=False)
-        nodes = build_nodes(experiment, source).values()
+        sources = inspect_sources(experiment, root, write_cache=False)
+        nodes = build_nodes(sources.experiment, sources.identity).values()
         rows = [_row(n.stage, n.variant, store.entry(n.stage, n.fingerprint)) for n in nodes]
     else:
         rows = [_row(stage, None, entry) for stage in STAGES for entry in store.entries(stage)]

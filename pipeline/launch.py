@@ -64,11 +64,14 @@ def pretrain_on_workers(
 def _worker(loop_config: dict[str, Any]) -> None:
     """One worker: the same stage function, with its rank. What a restart cannot change ends the run normally."""
     import ray.train
+    import ray.train.torch
     import torch
 
     from stages import pretrain
 
     torch.set_num_threads(loop_config["threads"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())  # workers of one node see each other's GPUs
     train_context = ray.train.get_context()
     rank = train_context.get_world_rank()
     scratch = Path(loop_config["scratch_dir"])

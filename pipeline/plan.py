@@ -126,11 +126,12 @@ def _decide_one(node: Node, store: Store, plan: Plan, forced: set[str], full_che
     decision = Decision(node, "run")
     entry = store.entry(node.stage, node.fingerprint)
     generation, decision.damage = _stored(entry, full_check)
+    fresh_inputs = [origin for origin in node.inputs.values() if plan[origin].action == "run"]
+    if fresh_inputs and generation is not None:
+        decision.reasons.append(f"{', '.join(fresh_inputs)} will be recomputed")
     for name, origin in node.inputs.items():
         upstream = plan[origin]
-        if upstream.action == "run":
-            decision.reasons.append(f"its input {origin} will be recomputed")
-        elif generation is not None and upstream.generation is not None:
+        if generation is not None and upstream.generation is not None:
             used = generation.manifest["inputs"].get(name, {}).get("generation")
             if used != upstream.generation.id:
                 decision.reasons.append(f"stale: made from {used}, {origin} is now {upstream.generation.id}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,33 @@ from pipeline.experiment import Experiment
 from pipeline.plan import Plan
 from stages.configs import PretrainConfig, TokenizeConfig
 from stages.contract import Refusal
-from stages.corpus import SourceSummary, check_source, source_identity
+from stages.corpus import SourceSummary, check_source, pin, source_identity
 
 RESERVE_BYTES = 32 * 2**20  # MLflow's database, tables, figures
 BYTES_PER_TOKEN_GUESS = 2  # of text; a byte-level BPE gives 3-4, so this is on the safe side
 VOCABULARY_GUESS = 65_536  # for a tokenizer that is not trained here
 
 
-def inspect_sources(
-    experiment: Experiment, root: Path, write_cache: bool = True
-) -> tuple[SourceSummary, Mapping[str, Any]]:
-    """Check that the corpus and tokenizer can be used, and say what of them enters the recipe.
+@dataclass(frozen=True)
+class Sources:
+    """An experiment whose hub revisions are pinned, what is known of its corpus, and what of that enters the recipe."""
+
+    experiment: Experiment
+    summary: SourceSummary
+    identity: Mapping[str, Any]
+
+
+def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True) -> Sources:
+    """Check that the corpus and tokenizer can be used, and pin what they are.
 
     File hashes are cached below the root, unless `write_cache` is false and nothing was written there yet.
     """
     cache = root / "cache" if write_cache or root.exists() else None
     min_tokens = min(variant.pretrain.seq_len for variant in experiment.variants.values()) + 1
-    summary = check_source(experiment.tokenize, cache, min_tokens=min_tokens)
-    return summary, source_identity(experiment.tokenize, cache)
+    config = pin(experiment.tokenize)
+    summary = check_source(config, cache, min_tokens=min_tokens)
+    pinned = experiment.model_copy(update={"tokenize": config})
+    return Sources(pinned, summary, source_identity(config, cache))
 
 
 def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:

@@ -119,11 +119,14 @@ def _progress_text(line: Line) -> str:
         return elapsed
     now = line.latest
     parts = [f"{_number(now['done'])}/{_number(now['total'])} {now['unit']}"]
-    parts += [f"{name}={_number(value)}" for name, value in now["numbers"].items() if value is not None]
+    numbers = dict(now["numbers"])
+    eta = numbers.pop("eta_s", None)
+    parts += [f"{name}={_number(value)}" for name, value in numbers.items() if value is not None]
     parts.append(elapsed)
-    if line.first is not None and now["done"] > line.first[1] and now["time"] > line.first[0]:
-        rate = (now["done"] - line.first[1]) / (now["time"] - line.first[0])
-        parts.append(f"ETA {_duration((now['total'] - now['done']) / rate)}")
+    if eta is None and line.first is not None and now["done"] > line.first[1] and now["time"] > line.first[0]:
+        eta = (now["total"] - now["done"]) * (now["time"] - line.first[0]) / (now["done"] - line.first[1])
+    if eta is not None:
+        parts.append(f"ETA {_duration(eta)}")
     return "  ".join(parts)
 
 

@@ -43,12 +43,12 @@ class RunOptions:
 
 def make_plan(experiment: Experiment, root: Path, selection: Selection, full_check: bool) -> tuple[Plan, int]:
     """(plan, bytes of the corpus). Cached inputs of stages that will run are verified in full when `full_check`."""
-    summary, source = inspect_sources(experiment, root)
-    nodes = build_nodes(experiment, source)
+    sources = inspect_sources(experiment, root)
+    nodes = build_nodes(sources.experiment, sources.identity)
     plan = decide(nodes, Store(root), selection)
     if full_check and any(d.action == "run" for d in plan.values()):
         plan = decide(nodes, Store(root), selection, full_check=True)
-    return plan, summary.bytes
+    return plan, sources.summary.bytes
 
 
 def run_experiment(experiment: Experiment, options: RunOptions, console: Console) -> int:

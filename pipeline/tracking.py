@@ -7,6 +7,7 @@ resumed run skips the steps that were logged before it was killed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,8 @@ class Tracker:
         self._troubled = False
         mlflow.set_tracking_uri(uri)
         self.client = MlflowClient(tracking_uri=uri)
-        self.experiment_id = self._experiment_id()
+        with _first_touch(uri, root):
+            self.experiment_id = self._experiment_id()
         self.parent_id = ""
 
     def _experiment_id(self) -> str:
@@ -370,6 +373,17 @@ class Tracker:
             return False
         self._troubled = False
         return True
+
+
+@contextmanager
+def _first_touch(uri: str, root: Path) -> Iterator[None]:
+    """One process at a time: several that create a fresh sqlite schema at once break it for good."""
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    with (root / ".mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _code_tags(code: CodeVersion) -> dict[str, str]:

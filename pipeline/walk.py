@@ -6,6 +6,7 @@ cluster's totals, so that fifteen variants do not all claim two cores) and when 
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from typing import Literal
 from pipeline.backends import Backend, Demand, Finished, demand_of
 from pipeline.execute import LeaseLostError, StageTask
 from pipeline.experiment import Experiment
-from pipeline.lease import Heartbeat, Holder, acquire, release
+from pipeline.lease import Heartbeat, Holder, acquire, held_by, release
 from pipeline.plan import Decision, Plan
 from pipeline.progress import Display
-from pipeline.store import Generation, Store, read_generation
+from pipeline.store import MANIFEST, Generation, Store, read_generation
 from pipeline.tracking import ChildRun, Tracker
 from stages.contract import Interrupted, Refusal
 
@@ -122,6 +123,8 @@ class Walk:
             if demand.cpus > free_cpus + 1e-9 or demand.gpus > free_gpus + 1e-9:
                 continue
             started |= self._start(decision, demand)
+            if started and self.backend.inline:
+                break  # it has ended already: settle it before the next
         return started
 
     def _start(self, decision: Decision, demand: Demand) -> bool:
@@ -221,6 +224,7 @@ class Walk:
             self.tracker.fail_child(running.child, "KILLED", str(finished.error))
         else:
             outcome.state, outcome.error, outcome.traceback = "failed", finished.error, finished.traceback
+            self._discard_output(running)
             self.tracker.fail_child(running.child, "FAILED", finished.traceback or str(finished.error))
             self.display.set(node.id, "failed", _first_line(finished.error))
         self._release(running.directory)
@@ -228,8 +232,15 @@ class Walk:
     def _killed(self, running: Running) -> None:
         node_id = running.decision.node.id
         self.outcomes[node_id].state = "killed"
+        self._discard_output(running)
         self.tracker.fail_child(running.child, "KILLED", "")
         self.display.set(node_id, "killed", "resumes with the next run")
+
+    def _discard_output(self, running: Running) -> None:
+        """Remove the uncommitted generation of an execution that ended; its scratch (checkpoints) stays."""
+        self.tracker.pump(running.child)
+        if held_by(running.directory, self.me.token) and not (running.output_dir / MANIFEST).exists():
+            shutil.rmtree(running.output_dir, ignore_errors=True)
 
     def _release(self, directory: Path) -> None:
         self._heartbeat.remove(directory)
