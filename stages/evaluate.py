@@ -1,0 +1,179 @@
+"""Held-out loss of a trained model, its perplexity at several context lengths, and some of its own text.
+
+A context length L cuts the validation tokens into windows that share no prediction: window w predicts tokens
+w L + 1 ... w L + L, each from the tokens of its window before it. So the average prediction at L sees about L / 2
+tokens, and curves over L say what longer context is worth. The headline numbers are those at the trained length.
+
+Bits per byte = nats / ln 2 / bytes of text of the predicted tokens, which end-of-document tokens add nothing to: a
+number that models with different tokenizers can be compared by.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.checkpoint import Checkpoint, load_checkpoint
+from model.generate import generate
+from model.loss import next_token_loss
+from model.transformer import Transformer
+from stages.batches import count_windows, read_window, validation_windows
+from stages.configs import EvaluateConfig
+from stages.contract import Artifact, Context, Outputs, Refusal
+from stages.shards import TokenShards
+from stages.token_bytes import byte_scale, token_byte_counts
+
+
+class Score(NamedTuple):
+    """Sums over the predictions of some windows. nats: negative log-likelihood. text_bytes: of the predicted tokens."""
+
+    windows: int
+    tokens: int
+    nats: float
+    text_bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), held finite for a diverged model."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes
+
+
+def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+    """Score the model on the validation split and let it continue the prompts.
+
+    Writes tables/context_lengths and tables/continuations. Refuses, before any compute, a context length for which the
+    split holds no window. Leaves global random states alone.
+    """
+    corpus, trained = inputs["tokenize"], inputs["pretrain"]
+    shards = TokenShards(corpus.path / "validation")
+    trained_length = int(trained.facts["seq_len"])
+    lengths = [trained_length, *(length for length in config.context_lengths if length != trained_length)]
+    refuse_missing_windows(shards, lengths)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = load_checkpoint(trained.path / "checkpoint", device)
+    max_seq_len = checkpoint.model.config.max_seq_len
+    tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
+    table = token_byte_counts(tokenizer_json, checkpoint.vocab_size)
+    scale = byte_scale(table, shards, corpus.facts["splits"]["validation"]["bytes"])
+
+    scores: dict[int, Score] = {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        for done, length in enumerate(lengths):
+            context.progress(done, len(lengths) + 1, "context lengths", length=length)
+            windows = validation_windows(shards, length, max(1, config.max_tokens // length))
+            scores[length] = score_windows(checkpoint.model, shards, length, windows, table, scale, config.batch_tokens)
+        context.progress(len(lengths), len(lengths) + 1, "context lengths")
+        continuations = continue_prompts(config, checkpoint, tokenizer_json)
+    context.progress(1, 1, "done")
+
+    context.log_table(
+        "context_lengths", [row(length, scores[length], max_seq_len) for length in config.context_lengths]
+    )
+    context.log_table("continuations", continuations)
+    headline = scores[trained_length]
+    return Outputs(
+        metrics={
+            "validation_loss": headline.loss,
+            "perplexity": headline.perplexity,
+            "bits_per_byte": headline.bits_per_byte,
+            **{f"perplexity_at/{length}": scores[length].perplexity for length in config.context_lengths},
+        },
+        facts={
+            "max_seq_len": max_seq_len,
+            "seq_len": trained_length,
+            "validation_tokens_scored": headline.tokens,
+            "byte_scale": scale,
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+        },
+    )
+
+
+def refuse_missing_windows(shards: TokenShards, lengths: list[int]) -> None:
+    """Refusal naming the first context length that is longer than the validation split."""
+    for length in lengths:
+        if count_windows(shards.num_tokens, length) == 0:
+            raise Refusal(
+                f"context_lengths holds {length}, but the validation split has {shards.num_tokens} tokens and one "
+                f"window of {length} needs {length + 1}; drop that length, or raise tokenize.validation_fraction"
+            )
+
+
+@torch.no_grad()
+def score_windows(
+    model: Transformer,
+    shards: TokenShards,
+    length: int,
+    windows: npt.NDArray[np.int64],
+    bytes_of_token: npt.NDArray[np.int64],
+    byte_scale: float,
+    batch_tokens: int,
+) -> Score:
+    """Sum the losses over windows of `length` tokens, about `batch_tokens` in a forward pass (one window at least).
+
+    The sums do not depend on batch_tokens but for float32 rounding inside the model: losses are added in float64.
+    """
+    device = model.embedding.weight.device
+    size = max(1, batch_tokens // length)
+    nats, text_bytes = 0.0, 0
+    for start in range(0, len(windows), size):
+        batch = np.stack([read_window(shards, length, w) for w in windows[start : start + size]])
+        nats += next_token_loss(model, torch.from_numpy(batch).to(device), reduction="none").double().sum().item()
+        text_bytes += int(bytes_of_token[batch[:, 1:]].sum())
+    return Score(len(windows), len(windows) * length, nats, text_bytes * byte_scale)
+
+
+def row(length: int, score: Score, max_seq_len: int) -> dict[str, object]:
+    """One row of tables/context_lengths."""
+    return {
+        "context_length": length,
+        "extrapolation": length > max_seq_len,
+        "windows": score.windows,
+        "tokens": score.tokens,
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
+
+
+def continue_prompts(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Path) -> list[dict[str, str]]:
+    """Rows {prompt, method, text}: each prompt continued greedily and by sampling, up to the end of the document.
+
+    An empty prompt starts a new document, from the end-of-document token.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    device = checkpoint.model.embedding.weight.device
+    rows = []
+    for prompt in config.prompts:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [checkpoint.eos_id]
+        for method, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
+            # The same seed for every prompt: a continuation does not depend on the prompts before it.
+            whole = generate(
+                checkpoint.model,
+                torch.tensor([ids], device=device),
+                config.max_new_tokens,
+                temperature,
+                config.top_k,
+                torch.Generator().manual_seed(config.seed),
+                stop_token=checkpoint.eos_id,
+            )[0].tolist()
+            # Decoded with its prompt, so that a SentencePiece continuation keeps its leading space.
+            text = tokenizer.decode(whole).removeprefix(tokenizer.decode(ids))
+            rows.append({"prompt": prompt, "method": method, "text": text})
+    return rows
