@@ -75,6 +75,8 @@ def _plain(value: Any, where: str, path: tuple[str, ...] = ()) -> Any:
         return [_plain(item, where, (*path, str(index))) for index, item in enumerate(value)]
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
         raise Refusal(f"{here}{value!r} holds half of a surrogate pair, which is no character; correct the escape")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise Refusal(f"{here}an integer of {value.bit_length()} bits; integers here have at most 63")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise Refusal(f"{here}a YAML {type(value).__name__} has no meaning here; write text, a number, a list or a mapping")
