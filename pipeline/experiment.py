@@ -137,7 +137,7 @@ def compose(document: Document) -> Experiment:
 def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
     where = f"variants.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise Refusal(f"{where}: variant names consist of a-z, 0-9 and _")
+        raise Refusal(f"variants: {name!r} is not a variant's name; use a-z, 0-9 and _, such as 'lazy_128'")
     if fields is None:
         fields = {}
     if not isinstance(fields, dict):
@@ -202,13 +202,18 @@ def _absolute_paths(document: Document) -> Document:
 
 
 def _absolute(path: str) -> str:
+    if not path:
+        return path  # its Config refuses it; as a path it would be the working directory
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111  (keeps globs and symbolic links as they are)
 
 
 def resolve_root(experiment: Experiment | None, root_option: str | None) -> Path:
     """Where everything is written: LAZYPIPE_HOME > --root > storage.root > 'output', absolute."""
     chosen = os.environ.get("LAZYPIPE_HOME") or root_option or (experiment.storage.root if experiment else "output")
-    return Path(chosen).expanduser().resolve()
+    try:
+        return Path(chosen).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL character, an unknown ~user, a loop of links
+        raise Refusal(f"the root {chosen!r} is not a usable path: {error}; choose another with --root") from error
 
 
 def check(
@@ -224,26 +229,40 @@ def check(
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in _without_tags(first["loc"], fields)]
-        key = ".".join([where, *path])
-        key = (own or {}).get(key, key)
+        message = first["msg"].removeprefix("Value error, ")
+        key = _written_at(where, path, message, own or {})
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         if first["type"] == "missing":
             raise Refusal(f"{key}: is required and missing{more}") from error
         if first["type"] == "union_tag_not_found":
-            raise Refusal(f"{key}.kind: is required and missing; choose one of {_tags(first)}{more}") from error
+            raise Refusal(f"{key}.kind: is required and missing; choose one of {_kinds(model, path)}{more}") from error
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]["tag"]
-            raise Refusal(f"{key}.kind: {tag!r} is not one of {_tags(first)}{more}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-        raise Refusal(f"{key}: {message[0].lower() + message[1:]}{found}{more}") from error
+            raise Refusal(f"{key}.kind: {tag!r} is not one of {_kinds(model, path)}{more}") from error
+        if first["type"] == "value_error":
+            raise Refusal(f"{key}: {message}{more}") from error
+        raise Refusal(f"{key}: {_in_yaml_terms(first)}, found {first['input']!r}{more}") from error
 
 
-def _tags(error: Any) -> str:
-    context = error.get("ctx", {})
-    return str(
-        context.get("expected_tags", "'embedded', 'files', 'hub' (source) or 'train', 'file', 'hub' (tokenizer)")
-    )
+def _written_at(where: str, path: Sequence[str], message: str, own: Mapping[str, str]) -> str:
+    """The place to correct: a check across fields (empty path) names the variant's keys that are in its message."""
+    if path:
+        key = ".".join([where, *path])
+        return own.get(key) or next((own[k] + key[len(k) :] for k in own if key.startswith(f"{k}.")), key)
+    places = [place for key, place in own.items() if re.search(rf"\b{key.rpartition('.')[2]}=", message)]
+    return ", ".join(places) or where
+
+
+def _in_yaml_terms(error: Any) -> str:
+    if error["type"] == "too_short":
+        return f"must have at least {error['ctx']['min_length']} item"
+    message = str(error["msg"]).replace("Input should be", "must be").replace("String should", "must")
+    return message.replace("an object", "a mapping").replace("a valid array", "a list")
+
+
+def _kinds(model: type[BaseModel], path: Sequence[str]) -> str:
+    members = typing.get_args(model.model_fields[path[0]].annotation)
+    return ", ".join(repr(kind) for m in members for kind in typing.get_args(m.model_fields["kind"].annotation))
 
 
 def _without_tags(location: Sequence[str | int], fields: Mapping[str, Any]) -> list[str | int]:

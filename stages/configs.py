@@ -43,7 +43,7 @@ class FilesSource(StageConfig):
 
 class HubSource(StageConfig):
     kind: Literal["hub"] = Field(description="a dataset of the Hugging Face hub")
-    dataset: str = Field(description="dataset name, e.g. HuggingFaceFW/fineweb-edu")
+    dataset: str = Field(min_length=1, description="dataset name, e.g. HuggingFaceFW/fineweb-edu")
     config: str | None = Field(None, description="dataset configuration, e.g. sample-10BT")
     split: str = Field("train", description="split expression, e.g. train or train[:1%]")
     streaming: bool = operational(False, description="stream rows instead of downloading the dataset first")
@@ -61,13 +61,13 @@ class TrainTokenizer(StageConfig):
 
 class FileTokenizer(StageConfig):
     kind: Literal["file"] = Field(description="load a tokenizer from a file")
-    path: str = operational(description="a tokenizer.json (tokenizers library) or a SentencePiece .model")
+    path: str = operational(min_length=1, description="a tokenizer.json (tokenizers library) or a SentencePiece .model")
     eos_token: str | None = Field(None, description="end-of-document token; found by its usual names when null")
 
 
 class HubTokenizer(StageConfig):
     kind: Literal["hub"] = Field(description="load a tokenizer from the Hugging Face hub")
-    name: str = Field(description="repository name, e.g. EleutherAI/pythia-70m")
+    name: str = Field(min_length=1, description="repository name, e.g. EleutherAI/pythia-70m")
     revision: str | None = operational(
         None, description="commit, tag or branch; the resolved commit enters the fingerprint"
     )
