@@ -26,15 +26,15 @@ def identity(config: BaseModel) -> dict[str, Any]:
         if isinstance(extra, Mapping) and extra.get("identity") is False:
             continue
         value = getattr(config, name)
-        if not field.is_required() and value == field.get_default(call_default_factory=True):
-            continue
-        if isinstance(value, BaseModel):
-            below = identity(value)
-            if below or field.is_required():
-                kept[name] = below
-        else:
-            kept[name] = value
+        if field.is_required() or not _same_identity(value, field.get_default(call_default_factory=True)):
+            kept[name] = identity(value) if isinstance(value, BaseModel) else value
     return kept
+
+
+def _same_identity(value: Any, default: Any) -> bool:
+    if isinstance(value, BaseModel):
+        return type(value) is type(default) and identity(value) == identity(default)
+    return bool(value == default)
 
 
 def operational_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise TypeError(f"{value} has no stable serialisation; a recipe holds finite numbers only")
-        return value
+        return value + 0.0  # -0.0 is 0.0
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
