@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -70,29 +71,34 @@ class Entry:
         return self.path / "scratch"
 
     def current(self) -> Generation | None:
-        """The valid generation, or None. Its files are not checked here: see Generation.problem."""
+        """The valid generation, or None. Its files are not checked here: see Generation.problem.
+
+        Raises OSError or ValueError when `current` names a generation whose manifest cannot be read: see `damage`.
+        """
         try:
             name = (self.path / "current").read_text(encoding="utf-8").strip()
-            return read_generation(self.path / name) if name else None
         except FileNotFoundError:
             return None
+        return read_generation(self.path / name)
 
     def damage(self) -> str | None:
         """Why `current` names a generation that cannot be read, or None."""
         try:
             self.current()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             return f"{self.path / 'current'}: {error}"
         return None
 
     def next_generation(self) -> str:
-        numbers = [int(p.name[1:]) for p in self.path.glob("g[0-9]*") if p.name[1:].isdigit()]
-        return f"g{max(numbers, default=0) + 1:04d}"
+        return f"g{max((int(p.name[1:]) for p in self._generations()), default=0) + 1:04d}"
+
+    def _generations(self) -> list[Path]:
+        return sorted(p for p in self.path.glob("g*") if re.fullmatch("g[0-9]{4,}", p.name) and p.is_dir())
 
     def sweep(self) -> list[str]:
         """Remove generations that were never committed; returns their names. Call it with the lease held."""
         swept = []
-        for directory in sorted(self.path.glob("g[0-9]*")):
+        for directory in self._generations():
             if not (directory / MANIFEST).exists():
                 shutil.rmtree(directory)
                 swept.append(directory.name)
@@ -135,13 +141,30 @@ def _listed(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_generation(directory: Path) -> Generation:
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    """Raises OSError or ValueError for a manifest that is missing, damaged or of another format."""
+    path = directory / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} holds a {type(manifest).__name__}, expected a mapping")
     if manifest.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f"{directory / MANIFEST} has format {manifest.get('format')!r}, expected {MANIFEST_FORMAT}")
+        raise ValueError(f"{path} has format {manifest.get('format')!r}, expected {MANIFEST_FORMAT}")
     for key in ("fingerprint", "files", "inputs", "metrics", "facts", "config"):
         if key not in manifest:
-            raise ValueError(f"{directory / MANIFEST} lacks {key!r}")
+            raise ValueError(f"{path} lacks {key!r}")
+    for name, entry in _mapping(path, manifest, "files").items():
+        if not isinstance(entry, dict) or not {"size", "mtime_ns", "sha256"} <= entry.keys():
+            raise ValueError(f"{path}: files: {name}: expected size, mtime_ns and sha256, found {entry!r}")
+    for name, entry in _mapping(path, manifest, "inputs").items():
+        if not isinstance(entry, dict) or not {"fingerprint", "generation"} <= entry.keys():
+            raise ValueError(f"{path}: inputs: {name}: expected fingerprint and generation, found {entry!r}")
     return Generation(directory, manifest)
+
+
+def _mapping(path: Path, manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    value = manifest[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {key}: expected a mapping, found {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
