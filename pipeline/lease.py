@@ -76,10 +76,14 @@ def living_holder(directory: Path) -> Holder | None:
 
 
 def read_holder(directory: Path) -> Holder | None:
+    """The holder named in lease.json; None when there is none or the file is damaged."""
     try:
-        return Holder(**json.loads((directory / "lease.json").read_text(encoding="utf-8")))
+        holder = Holder(**json.loads((directory / "lease.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    texts = (holder.host, holder.token, holder.command)
+    usable = all(isinstance(text, str) for text in texts) and isinstance(holder.started, (int, float))
+    return holder if usable and isinstance(holder.pid, int) and 0 < holder.pid < 2**31 else None
 
 
 def is_alive(holder: Holder) -> bool | None:
