@@ -144,7 +144,8 @@ class Context:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"step-{step:08d}"
         temporary = folder / f".{target.name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.glob(".step-*"):  # of a process killed while it wrote
+            shutil.rmtree(leftover)
         temporary.mkdir()
         write(temporary)
         files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
@@ -154,7 +155,9 @@ class Context:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _fsync(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        # One of a later step was damaged, or training would have gone on from it: it must not push this one out.
+        saved = sorted(folder.glob("step-*"))
+        for old in saved[: max(0, saved.index(target) + 1 - keep)] + saved[saved.index(target) + 1 :]:
             shutil.rmtree(old)
         return target
 
@@ -182,7 +185,7 @@ def checkpoint_problem(directory: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, expected {entry['size']}"
             if file_sha256(path) != entry["sha256"]:
                 return f"{name} does not match its sha256"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{CHECKPOINT_MANIFEST}: {error}"
     return None
 
