@@ -33,21 +33,54 @@ RECIPE: dict[str, Any] = {"stage": "pretrain", "version": 1, "config": {}, "sour
 
 FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
     ("tokenize", 1): {
-        **{"source.kind": "embedded", "tokenizer.kind": "train", "tokenizer.vocab_size": 2048},
-        **{"validation_fraction": 0.05, "token_dtype": "uint16", "invalid_utf8": "replace", "seed": 0},
+        "source.kind": "embedded",
+        "tokenizer.kind": "train",
+        "tokenizer.vocab_size": 2048,
+        "validation_fraction": 0.05,
+        "token_dtype": "uint16",
+        "invalid_utf8": "replace",
+        "seed": 0,
     },
     ("pretrain", 1): {
-        **{"model.hidden_size": 128, "model.num_layers": 4, "model.num_heads": 4, "model.num_kv_heads": None},
-        **{"model.intermediate_size": None, "model.max_seq_len": 256, "model.mixer": "standard"},
-        **{"model.rope_theta": 10_000.0, "model.norm_eps": 1e-6, "model.init_std": 0.02, "model.tie_embeddings": True},
-        **{"model.max_bias_length": 512, "model.tau_init": -1.0, "model.bias_init_std": 1e-3},
-        **{"steps": 200, "seq_len": 256, "tokens_per_step": 4096, "micro_batch_size": 8, "lr": 2e-3},
-        **{"warmup_steps": 50, "min_lr_fraction": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95},
-        **{"adam_eps": 1e-8, "grad_clip": 1.0, "seed": 0, "dtype": "float32", "validation_windows": 64},
+        "model.hidden_size": 128,
+        "model.num_layers": 4,
+        "model.num_heads": 4,
+        "model.num_kv_heads": None,
+        "model.intermediate_size": None,
+        "model.max_seq_len": 256,
+        "model.mixer": "standard",
+        "model.rope_theta": 10_000.0,
+        "model.norm_eps": 1e-6,
+        "model.init_std": 0.02,
+        "model.tie_embeddings": True,
+        "model.max_bias_length": 512,
+        "model.tau_init": -1.0,
+        "model.bias_init_std": 1e-3,
+        "steps": 200,
+        "seq_len": 256,
+        "tokens_per_step": 4096,
+        "micro_batch_size": 8,
+        "lr": 2e-3,
+        "warmup_steps": 50,
+        "min_lr_fraction": 0.1,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "adam_eps": 1e-8,
+        "grad_clip": 1.0,
+        "seed": 0,
+        "dtype": "float32",
+        "validation_windows": 64,
     },
     ("evaluate", 1): {
-        **{"context_lengths": [64, 128, 256, 512], "max_tokens": 131_072, "max_new_tokens": 48, "temperature": 0.8},
-        **{"prompts": ["The king", "My lord,", "Once upon a time"], "top_k": 50, "seed": 0, "dtype": "float32"},
+        "context_lengths": [64, 128, 256, 512],
+        "max_tokens": 131_072,
+        "max_new_tokens": 48,
+        "temperature": 0.8,
+        "prompts": ["The king", "My lord,", "Once upon a time"],
+        "top_k": 50,
+        "seed": 0,
+        "dtype": "float32",
     },
     ("sparsity", 1): {"windows": 16, "seq_len": 256, "heat_map_heads": 4, "dtype": "float32"},
     ("report", 1): {},
@@ -249,7 +282,7 @@ def test_a_default_changes_only_together_with_the_stages_version(stage: str, ver
     model = STAGE_CONFIGS[stage]
     defaults = flatten(model().model_dump(mode="json"))
     decisive = {key: value for key, value in defaults.items() if key not in operational_fields(model())}
-    assert model.STAGE_VERSION == version  # type: ignore[attr-defined]
+    assert version == model.STAGE_VERSION  # type: ignore[attr-defined]
     assert decisive == FROZEN_DEFAULTS[stage, version]
 
 
