@@ -1,17 +1,23 @@
 """`lazy_attention`: checks its arguments once and hands them to a backend."""
 
+import functools
+import importlib.util
 import itertools
+import math
+import os
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from kernels.blockwise import blockwise
-from kernels.reference import lazy_attention_reference
+from kernels.reference import document_starts, lazy_attention_reference
 from kernels.stats import LazyStats
 from kernels.strips import BLOCK
+from kernels.tiles import DECODE_ROWS, tile_for
+from kernels.triton_ops import active_blocks, triton_decode, triton_forward
 
-BACKENDS = ("auto", "reference", "blockwise")
+BACKENDS = ("auto", "reference", "blockwise", "triton")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -57,7 +63,7 @@ def lazy_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_stats: bool = False,
-    deterministic: bool = False,  # noqa: ARG001  (no backend has an order that may change)
+    deterministic: bool = False,  # noqa: ARG001  (every backend already is)
 ) -> Tensor | tuple[Tensor, LazyStats]:
     """Causal attention with a learnable distance bias and Elastic-Softmax (Lazy Attention, arXiv 2601.00919).
 
@@ -67,7 +73,7 @@ def lazy_attention(
     n_i is the number of tokens query i may attend to, its own included. The paper's v1 writes `- tau / n`
     with tau = +1; here, as in the authors' released code, tau is added and starts at -1.
 
-    q             [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]: float32, bfloat16 or float16 or float64,
+    q             [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]: float32, bfloat16 or float16 (float64: not in triton),
                   rotary embedding already applied, any strides, Lq <= Lk, Hq a multiple of Hkv.
     bias          [Hq, W], tau [Hq]: float32 (float64 beside float64 inputs); they lose their updates in less.
     cu_seqlens    int32 [N + 1], 0 = first <= ... <= last = Lq = Lk: N documents packed in a batch of one. n_i and i - j
@@ -75,9 +81,10 @@ def lazy_attention(
     position_offset  number of leading keys that were evicted from k and v: query i stands at
                   position_offset + (Lk - Lq) + i, and n_i counts the evicted keys.
     scale         of the dot products, 1 / sqrt(D) when None.
-    backend       auto (blockwise), reference or blockwise.
+    backend       auto (triton on CUDA, blockwise elsewhere), reference, blockwise or triton.
     return_stats  also return a `kernels.stats.LazyStats`, which carries no gradient.
-    deterministic  forbid any reduction whose order may change from run to run. blockwise and reference never have one.
+    deterministic  forbid any reduction whose order may change from run to run. No backend has one: no kernel uses
+                  atomics, so this costs nothing and results do not depend on it.
 
     Returns the output [B, Hq, Lq, D] in q's dtype, or (output, stats). Differentiable in q, k, v, bias and tau, once.
     Raises ValueError or TypeError naming the argument that does not fit.
@@ -85,13 +92,67 @@ def lazy_attention(
     check_arguments(q, k, v, bias, tau, cu_seqlens, position_offset, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "auto":
-        backend = "blockwise"
+        backend = "triton" if q.is_cuda and _has_triton() and _suits_triton(q) else "blockwise"
+    if backend == "triton":
+        _check_triton(q)
+        return _triton(q, k, v, bias, tau, cu_seqlens, position_offset, scale, return_stats)
     if backend == "reference":
         out, stats = lazy_attention_reference(q, k, v, bias, tau, cu_seqlens, position_offset, scale)
     else:
         out, lse, mass, sparsity, mask = blockwise(q, k, v, bias, tau, cu_seqlens, position_offset, scale, return_stats)
         stats = LazyStats(lse, mass, sparsity, mask, (BLOCK, BLOCK))
     return (out, stats) if return_stats else out
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, cu_seqlens: Tensor | None, offset: int, scale: float,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LazyStats]:  # fmt: skip
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias, tau))
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    if rows <= DECODE_ROWS and cu_seqlens is None and not differentiable and not return_stats:
+        decoded: Tensor = triton_decode(q, k, v, bias, tau, offset, scale)[0]
+        return decoded
+    training = differentiable and q.requires_grad  # dq alone needs M_i
+    out: Tensor
+    out, lse, _, mass, used, words = triton_forward(
+        q, k, v, bias, tau, cu_seqlens, offset, scale, training, return_stats
+    )
+    if not return_stats:
+        return out
+    tile = tile_for("forward", q.shape[3], q.dtype, q.device)
+    key_blocks = -(-k.shape[2] // tile.block_n)
+    visible = torch.arange(1, q.shape[2] + 1, device=q.device) + (k.shape[2] - q.shape[2])
+    if cu_seqlens is not None:
+        visible = visible - document_starts(cu_seqlens, q.shape[2])
+    stats = LazyStats(
+        lse * math.log(2.0), mass, 1.0 - used / visible, active_blocks(words, key_blocks), (tile.block_m, tile.block_n)
+    )
+    return out, stats
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _suits_triton(q: Tensor) -> bool:
+    return q.dtype != torch.float64 and 16 <= q.shape[3] <= 256
+
+
+def _check_triton(q: Tensor) -> None:
+    if not _has_triton():
+        raise ValueError("backend is 'triton' and triton is not installed; install it or use backend='blockwise'")
+    if not _suits_triton(q):
+        raise ValueError(
+            f"q is {q.dtype} with head_dim {q.shape[3]}; expected float32, bfloat16 or float16 and 16..256 for "
+            "backend='triton'; use backend='blockwise'"
+        )
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"q is on {q.device}; expected a CUDA device for backend='triton' (or TRITON_INTERPRET=1 before triton is "
+            "imported, to run the kernels in its interpreter); use backend='blockwise'"
+        )
 
 
 def check_arguments(

@@ -46,14 +46,14 @@ def blockwise(
     key_blocks = -(-k.shape[2] // BLOCK)
     mask = torch.zeros(*q.shape[:2], -(-q.shape[2] // BLOCK), key_blocks, dtype=torch.bool)
     stat_shape = q.shape[:3] if return_stats else (0,)
-    row_stats = [torch.empty(stat_shape, dtype=torch.float32) for _ in range(3)]
+    row_lse, row_mass, row_sparsity = (torch.empty(stat_shape, dtype=torch.float32) for _ in range(3))
     # Looking for empty blocks costs a pass over the strip; two or three blocks a row cannot repay it.
     look = return_stats or (key_blocks > 3 and p.some_tau_negative)
     spaces = [torch.empty(p.largest_strip, dtype=p.q.dtype) for _ in range(2)]
 
     for s in p.strips:
         scores = strip_scores(p, s, stacked_rows(s, p.q), spaces[0])
-        probs = carve(spaces[1], *scores.shape)
+        probs = carve(spaces[1], scores.shape)
         torch.ops.aten._softmax.out(scores, -1, False, out=probs)
         strip_mask = torch.unflatten(mask, 1, layout)[
             s.batches, s.heads, :, s.row0 // BLOCK, s.key0 // BLOCK : -(-s.key1 // BLOCK)
@@ -65,19 +65,20 @@ def blockwise(
         else:
             strip_mask.fill_(True)
         lse = torch.logsumexp(scores, dim=-1, keepdim=True) if return_stats else None
-        result, mass, used = scores.new_zeros(*scores.shape[:2], q.shape[3]), 0.0, 0.0
+        result = scores.new_zeros(*scores.shape[:2], q.shape[3])
+        mass, used = scores.new_zeros(2, *scores.shape[:2], 1)
         for run in runs:
             weights = strip_weights(p, s, probs, run, spaces[0])  # the scores are done with
             result.baddbmm_(weights, p.v[s.pair0 : s.pair1, s.key0 + run[0] : s.key0 + run[1]])
             if lse is not None:
-                mass = mass + weights.sum(-1, keepdim=True)
-                used = used + (weights > 0).sum(-1, keepdim=True)
+                mass += weights.sum(-1, keepdim=True)
+                used += (weights > 0).sum(-1, keepdim=True)
         _rows(out, layout, s).copy_(view5(p, s, result))
         if lse is not None:
-            unused = 1.0 - used / _visible_count(p, s)[:, None].repeat(layout[1], 1)
-            for target, values in zip(row_stats, (lse, mass + 0 * lse, unused + 0 * lse), strict=True):
-                _rows(target, layout, s).copy_(view5(p, s, values).squeeze(-1))
-    return out, *row_stats, mask
+            _rows(row_lse, layout, s).copy_(view5(p, s, lse).squeeze(-1))
+            _rows(row_mass, layout, s).copy_(view5(p, s, mass).squeeze(-1))
+            _rows(row_sparsity, layout, s).copy_(1.0 - view5(p, s, used).squeeze(-1) / _visible_count(p, s))
+    return out, row_lse, row_mass, row_sparsity, mask
 
 
 def _rows(x: Tensor, layout: torch.Size, s: Strip) -> Tensor:
@@ -140,9 +141,9 @@ def blockwise_backward(
             continue
         rows_q, rows_g = stacked_rows(s, p.q), stacked_rows(s, grads)
         scores = strip_scores(p, s, rows_q, spaces[0])
-        probs = carve(spaces[1], *scores.shape)
+        probs = carve(spaces[1], scores.shape)
         torch.ops.aten._softmax.out(scores, -1, False, out=probs)
-        dp = carve(spaces[2], *scores.shape)
+        dp = carve(spaces[2], scores.shape)
         everywhere = runs == [(0, width)]
         if not everywhere:
             dp.zero_()
@@ -161,7 +162,7 @@ def blockwise_backward(
             _rows(da_sums, layout, s).copy_(view5(p, s, dp.sum(-1, keepdim=True)).squeeze(-1))
         if not need_scores:
             continue
-        ds = carve(spaces[0], *scores.shape)
+        ds = carve(spaces[0], scores.shape)
         torch.ops.aten._softmax_backward_data.out(dp, probs, -1, dtype, grad_input=ds)
         if need_q:
             _rows(dq, layout, s).copy_(view5(p, s, torch.bmm(ds, p.k[pairs, s.key0 : s.key1]).mul_(scale)))

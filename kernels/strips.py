@@ -5,6 +5,8 @@ strip. Query heads that share a key head are stacked as extra rows of one strip,
 dK, dV need no reduction over the group. A pair below is one (batch, key head).
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,14 +142,14 @@ def stacked_rows(s: Strip, x: Tensor) -> Tensor:
     return x[s.batches, s.heads, :, s.row0 : s.row1].flatten(2, 3).flatten(0, 1)
 
 
-def carve(space: Tensor, pairs: int, rows: int, columns: int) -> Tensor:
-    """A contiguous [pairs, rows, columns] out of flat scratch space: fresh tensors would cost page faults."""
-    return space[: pairs * rows * columns].view(pairs, rows, columns)
+def carve(space: Tensor, shape: Sequence[int]) -> Tensor:
+    """A contiguous tensor out of flat scratch space: fresh ones would cost their page faults."""
+    return space[: math.prod(shape)].view(*shape)
 
 
 def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
     """Biased and masked scores [pairs, group * rows, keys], built in `space`."""
-    scores = carve(space, *rows_q.shape[:2], s.key1 - s.key0)
+    scores = carve(space, (*rows_q.shape[:2], s.key1 - s.key0))
     torch.bmm(rows_q, p.k[s.pair0 : s.pair1, s.key0 : s.key1].mT, out=scores)
     covered, columns = band_columns(p, s)
     by_head = view5(p, s, scores)
@@ -162,7 +164,7 @@ def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
 
 def strip_weights(p: Problem, s: Strip, probs: Tensor, run: tuple[int, int], space: Tensor) -> Tensor:
     """a = max(p + tau / n, 0) (Elastic-Softmax) of the columns of one run, [pairs, group * rows, run], in `space`."""
-    weights = carve(space, *probs.shape[:2], run[1] - run[0])
+    weights = carve(space, (*probs.shape[:2], run[1] - run[0]))
     by_head = view5(p, s, weights)
     thresholds = p.thresholds[s.heads, :, s.row0 : s.row1]
     torch.add(view5(p, s, probs)[..., run[0] : run[1]], thresholds, out=by_head).relu_()

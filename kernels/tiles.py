@@ -1,0 +1,138 @@
+"""Which tile each Triton kernel uses: a table of defaults, a cache of measured choices, and what fits together.
+
+A tile is looked up by (kernel, padded head_dim, 16 or 32 bit). The cache is a JSON file written by `kernels.tuning`
+and read once per process, so a choice never changes while a model trains. The defaults are those that `python -m
+kernels.audit` shows to compile without spills for sm_80 and sm_90; no GPU has timed them.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+KERNELS = ("forward", "query", "key", "bias")
+
+
+class Tile(NamedTuple):
+    """Query rows and keys per block, and how the compiler may spread and pipeline it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Candidates by (kernel, padded head_dim, wide = float32); the first is the default.
+CANDIDATES: dict[tuple[str, int, bool], tuple[Tile, ...]] = {}
+for _dim in (16, 32, 64):
+    CANDIDATES["forward", _dim, False] = (Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3))
+    CANDIDATES["query", _dim, False] = (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3))
+    CANDIDATES["key", _dim, False] = (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 3))
+    CANDIDATES["bias", _dim, False] = (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+CANDIDATES["forward", 128, False] = (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
+CANDIDATES["query", 128, False] = (Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
+CANDIDATES["key", 128, False] = (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 128, 8, 2))
+CANDIDATES["bias", 128, False] = (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
+CANDIDATES["forward", 256, False] = (Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 2))
+CANDIDATES["query", 256, False] = (Tile(64, 64, 8, 1), Tile(64, 64, 8, 2))
+CANDIDATES["key", 256, False] = (Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))
+CANDIDATES["bias", 256, False] = (Tile(64, 64, 8, 1), Tile(64, 64, 4, 1))
+for _dim in (16, 32, 64):
+    CANDIDATES["forward", _dim, True] = (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2))
+    CANDIDATES["query", _dim, True] = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))
+    CANDIDATES["key", _dim, True] = (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2))
+    CANDIDATES["bias", _dim, True] = (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
+CANDIDATES["forward", 128, True] = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))
+CANDIDATES["query", 128, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+CANDIDATES["key", 128, True] = (Tile(32, 32, 8, 1), Tile(16, 32, 4, 1))
+CANDIDATES["bias", 128, True] = (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1))
+CANDIDATES["forward", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+CANDIDATES["query", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+CANDIDATES["key", 256, True] = (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1))
+CANDIDATES["bias", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+
+# Rows of a decode tile are the queries of a group, at most DECODE_ROWS; longer chunks go through the forward kernel.
+DECODE_ROWS = 64
+DECODE_TILE = Tile(16, 64, 4, 3)
+
+_forced: dict[str, Tile] = {}
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two, at least 16, that a kernel pads head_dim to (96 becomes 128)."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def fits(kernel: str, tile: Tile, forward: Tile) -> bool:
+    """Whether a backward tile can read the block mask that a forward tile wrote."""
+    rows_fit = forward.block_m % tile.block_m == 0
+    if kernel == "query":
+        return rows_fit and tile.block_n == forward.block_n
+    aligned = tile.block_n % forward.block_n == 0 or forward.block_n % tile.block_n == 0
+    return rows_fit and aligned and (kernel != "bias" or tile.block_m == tile.block_n)
+
+
+def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The tile a kernel uses for this head_dim and dtype on this device: forced, else measured, else the default."""
+    if kernel in _forced:
+        return _forced[kernel]
+    wide = dtype == torch.float32
+    if device.type == "cuda":
+        measured = _read_cache().get(cache_key(kernel, head_dim, wide, torch.cuda.get_device_name(device)))
+        if measured is not None:
+            return Tile(*measured)
+    return CANDIDATES[kernel, padded_dim(head_dim), wide][0]
+
+
+@contextlib.contextmanager
+def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
+    """Inside the block the named kernels use these tiles. Raises ValueError when they do not fit together."""
+    together = {**_forced, **tiles}
+    for kernel, tile in together.items():
+        if kernel != "forward" and "forward" in together and not fits(kernel, tile, together["forward"]):
+            raise ValueError(f"{kernel} tile {tuple(tile)} cannot read the mask of forward tile {together['forward']}")
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def cache_path() -> Path:
+    """Where measured tiles are kept: LAZYPIPE_TILE_CACHE, else ~/.cache/lazypipe/tiles.json."""
+    return Path(os.environ.get("LAZYPIPE_TILE_CACHE", Path.home() / ".cache" / "lazypipe" / "tiles.json"))
+
+
+def cache_key(kernel: str, head_dim: int, wide: bool, device_name: str) -> str:
+    """What a measured choice holds for: kernel, padded head_dim, width, GPU and Triton version."""
+    import triton
+
+    return f"{kernel} d{padded_dim(head_dim)} {32 if wide else 16}-bit {device_name} triton {triton.__version__}"
+
+
+@functools.cache
+def _read_cache() -> dict[str, list[int]]:
+    try:
+        entries: dict[str, list[int]] = json.loads(cache_path().read_text())
+    except FileNotFoundError:
+        return {}
+    return entries
+
+
+def write_cache(entries: dict[str, Tile]) -> None:
+    """Adds entries to the cache file, atomically, and uses them from now on in this process."""
+    path = cache_path()
+    _read_cache.cache_clear()
+    merged = {**_read_cache(), **{key: list(tile) for key, tile in entries.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+    _read_cache.cache_clear()
