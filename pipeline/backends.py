@@ -139,11 +139,15 @@ class RayBackend:
 
     def __init__(self, address: str | None, nodes: Mapping[str, Node], experiment: Experiment):
         own = address is None
-        if own:
+        if address is None:
             # Our own cluster is local and takes a token of its own, so that no other user's process joins it.
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             os.environ.pop("RAY_ADDRESS", None)
+        else:
+            from pipeline.cluster import check_join
+
+            check_join(address)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
@@ -158,7 +162,10 @@ class RayBackend:
                 log_to_driver=True,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Refusal(f"Ray cluster at {address}: cannot be joined: {_first_line(error)}") from error
+            raise Refusal(
+                f"Ray cluster at {address}: cannot be joined: {_first_line(error)}; if it asks for a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from error
         totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.capacity = Capacity(
             cpus=sum(r.get("CPU", 0.0) for r in totals),

@@ -177,7 +177,7 @@ def ui(
     port: Annotated[int, typer.Option(help="port to listen on")] = 5000,
 ) -> None:
     """Open the MLflow UI on what is stored below the root."""
-    from pipeline.cluster import serve_ui
+    from pipeline.mlflow_ui import serve_ui
 
     raise typer.Exit(serve_ui(root, host, port))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -42,9 +43,21 @@ def sources_digest() -> str:
     return digest.hexdigest()
 
 
+SHIPPED_FILE = "code_version.json"  # lies beside packages that were shipped to a cluster
+
+
+def write_code_version(directory: Path) -> None:
+    """Say in `directory`, which holds a copy of the packages, which commit and diff they came from."""
+    code = code_version()
+    (directory / SHIPPED_FILE).write_text(json.dumps({"commit": code.commit, "diff": code.diff}), encoding="utf-8")
+
+
 @cache
 def code_version() -> CodeVersion:
-    """Commit and diff are None and empty where the package does not run from its own git checkout."""
+    """Commit and diff are None and empty where the package neither runs from its own git checkout nor was shipped."""
+    if (PROJECT / SHIPPED_FILE).is_file():
+        shipped = json.loads((PROJECT / SHIPPED_FILE).read_text(encoding="utf-8"))
+        return CodeVersion(shipped["commit"], shipped["diff"], sources_digest())
     top = _git("rev-parse", "--show-toplevel")
     if top is None or Path(top.strip()).resolve() != PROJECT:
         return CodeVersion(None, "", sources_digest())
