@@ -9,14 +9,17 @@ since (stale), or when its stored files are damaged.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from pipeline.code_version import sources_digest
 from pipeline.document import nearest
 from pipeline.experiment import Experiment
-from pipeline.fingerprint import fingerprint, flatten, identity, operational_fields
+from pipeline.fingerprint import canonical, fingerprint, flatten, identity, operational_fields
 from pipeline.store import Entry, Generation, Store
 from stages.configs import StageConfig
 from stages.contract import Refusal
@@ -93,7 +96,9 @@ def build_nodes(experiment: Experiment, source_identity: Mapping[str, Any]) -> d
 
 def decide(nodes: Mapping[str, Node], store: Store, selection: Selection, full_check: bool = False) -> Plan:
     """Decide for every node. `full_check` verifies the sha256 of every cached file instead of sizes and mtimes."""
-    forced = _select(nodes, selection.force, "--force") | _select(nodes, selection.start, "--from")
+    asked = _select(nodes, selection.force, "--force") | _select(nodes, selection.start, "--from")
+    recipes = {nodes[node_id].fingerprint for node_id in asked}  # variants with the same recipe share one result
+    forced = {node.id for node in nodes.values() if node.fingerprint in recipes}
     wanted = _with_ancestors(nodes, _select(nodes, selection.only, "--only")) if selection.only else set(nodes)
     explicit = _select(nodes, selection.only, "--only")
     plan: Plan = {}
@@ -202,15 +207,17 @@ def _with_ancestors(nodes: Mapping[str, Node], chosen: set[str]) -> set[str]:
 def explain(node: Node, store: Store) -> list[str]:
     """Field-level differences between a node's recipe and the nearest earlier one of its stage."""
     best: tuple[float, list[str], Generation] | None = None
-    now = flatten({"config": dict(node.identity), "source": dict(node.source)})
-    defaults = _defaults(node.config)
+    now = _recipe(node.identity, node.source)
+    defaults = {f"config.{name}": value for name, value in flatten(_defaults(type(node.config))).items()}
     for generation in store.generations(node.stage):
         manifest = generation.manifest
-        before = flatten({"config": manifest.get("identity", {}), "source": manifest.get("source", {})})
+        before = _recipe(manifest.get("identity", {}), manifest.get("source", {}))
         changed = []
+        version: int = node.config.STAGE_VERSION  # type: ignore[attr-defined]
+        if manifest.get("stage_version", version) != version:
+            changed.append(f"{node.stage}: STAGE_VERSION {manifest['stage_version']} -> {version}")
         for key in sorted(now.keys() | before.keys()):
-            old = before.get(key, defaults.get(key.removeprefix("config.")))
-            new = now.get(key, defaults.get(key.removeprefix("config.")))
+            old, new = before.get(key, defaults.get(key)), now.get(key, defaults.get(key))
             if _comparable(old) != _comparable(new):
                 changed.append(f"{_user_key(node, key)}: {_shown(old)} -> {_shown(new)}")
         same_variant = 0 if manifest.get("variant") == node.variant else 0.5
@@ -225,8 +232,20 @@ def explain(node: Node, store: Store) -> list[str]:
     return [*changed, f"(compared with {generation.id})"]
 
 
-def _defaults(config: StageConfig) -> dict[str, Any]:
-    return flatten(config.model_dump(mode="json"))
+def _recipe(identity: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """'config.lr' and 'source.files' style names of what a recipe holds; what is at its default is absent."""
+    flat = flatten({"config": dict(identity), "source": dict(source)})
+    return {key: value for key, value in flat.items() if value != {}}
+
+
+def _defaults(config: type[BaseModel]) -> dict[str, Any]:
+    """The values of fields that an identity leaves out."""
+    defaults: dict[str, Any] = {}
+    for name, about in config.model_fields.items():
+        if not about.is_required():
+            value = about.get_default(call_default_factory=True)
+            defaults[name] = value.model_dump() if isinstance(value, BaseModel) else value
+    return defaults
 
 
 def _comparable(value: Any) -> Any:
@@ -235,12 +254,16 @@ def _comparable(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     text = repr(_comparable(value))
-    return text if len(text) <= 60 else text[:57] + "..."
+    if len(text) <= 60:
+        return text
+    if isinstance(value, (list, tuple)):  # their first 60 characters may be equal
+        return f"{len(value)} values, digest {hashlib.sha256(canonical(value).encode()).hexdigest()[:8]}"
+    return text[:57] + "..."
 
 
 def _user_key(node: Node, key: str) -> str:
     """'config.model.mixer' of a pretrain node -> 'model.mixer', 'config.lr' -> 'pretrain.lr': what the user typed."""
     if key.startswith("source."):
-        return f"{node.stage}.{key}"
+        return f"{node.stage}.{key.removeprefix('source.')} (content)"
     path = key.removeprefix("config.")
     return path if node.stage == "pretrain" and path.startswith("model.") else f"{node.stage}.{path}"
