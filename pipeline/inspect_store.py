@@ -36,7 +36,10 @@ def show_plan(
     changes = {
         node_id: explain(d.node, store)
         for node_id, d in decisions.items()
-        if with_explanation and d.action == "run" and store.entry(d.node.stage, d.node.fingerprint).current() is None
+        if with_explanation
+        and d.action == "run"
+        and d.damage is None
+        and store.entry(d.node.stage, d.node.fingerprint).current() is None
     }
     if as_json:
         rows = [
