@@ -84,11 +84,3 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     layer = mixer + 3 * hidden * config.mlp_size + 2 * hidden
     embeddings = vocab_size * hidden * (1 if config.tie_embeddings else 2)
     return embeddings + config.num_layers * layer + hidden
-
-
-def checkpoint_bytes(config: ModelConfig, vocab_size: int, keep: int) -> int:
-    """Disk space pretraining needs: `keep` resume checkpoints and one being written.
-
-    A checkpoint holds float32 weights and two AdamW moments; the final model takes the place of the one being written.
-    """
-    return parameter_count(config, vocab_size) * 4 * (1 + 2) * (keep + 1)

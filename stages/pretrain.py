@@ -76,7 +76,8 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         stop = sum_over_workers(parameters, loss, context)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
+        loss_value, norm_value = loss.item(), norm.item()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
             optimizer.step()
@@ -84,7 +85,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         state.step += 1
         seconds = time.perf_counter() - started
         state.train_seconds += seconds
-        count_nonfinite(state, finite, loss.item(), norm.item(), lr)
+        count_nonfinite(state, finite, loss_value, norm_value, lr)
 
         last = state.step == config.steps
         validate = last or state.step % config.validate_every == 0
@@ -94,24 +95,24 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
                 validation_loss = mean_loss(model, config, validation, held_out, context)
         if validate or state.step % config.log_every == 0:
             numbers = {
-                "loss": loss.item(),
+                "loss": loss_value,
                 "lr": lr,
-                "grad_norm": norm.item(),
+                "grad_norm": norm_value,
                 "tokens_per_s": config.tokens_per_step / seconds,
                 "validation_loss": validation_loss,
             }
             with autocast:
                 by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step)
-            state.history.append({"step": state.step, **numbers, **summary(by_layer, config)})
+            measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
+            columns = {name: measured.get(name) for name in numbers} | summary(by_layer, config)
+            state.history.append({"step": state.step, **columns})
             if state.step > already_logged:
-                context.log_metrics(
-                    state.step, {name: value for name, value in (numbers | by_layer).items() if value is not None}
-                )
+                context.log_metrics(state.step, measured | by_layer)
         context.progress(
             state.step,
             config.steps,
             "steps",
-            loss=loss.item(),
+            loss=loss_value,
             tokens_per_s=config.tokens_per_step / seconds,
             eta_s=(config.steps - state.step) * state.train_seconds / state.step,
         )
