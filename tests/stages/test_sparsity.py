@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_experiment import VOCAB_SIZE, context_in, model_config, pretrained, tokenized, trained_looking
 
 from model.transformer import Transformer
 from stages import sparsity
@@ -17,6 +16,7 @@ from stages.batches import read_window, validation_windows
 from stages.configs import SparsityConfig
 from stages.contract import Artifact, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
+from tests.stages.tiny_experiment import VOCAB_SIZE, context_in, model_config, pretrained, tokenized, trained_looking
 
 # Drawing costs most of the time: only the two shared runs draw attention maps.
 CONFIG = SparsityConfig(windows=4, seq_len=32, query_block=8, heat_map_heads=0)
