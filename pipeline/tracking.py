@@ -8,6 +8,7 @@ resumed run skips the steps that were logged before it was killed.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import json
 import logging
 import os
@@ -97,6 +98,7 @@ class Tracker:
         self._root = root
         self._me = me
         self._troubled = False
+        self._pipeline = ""
         mlflow.set_tracking_uri(uri)
         self.client = MlflowClient(tracking_uri=uri)
         with _first_touch(uri, root):
@@ -110,7 +112,8 @@ class Tracker:
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         location = str(self._root / "artifacts") if self.uri.startswith("sqlite:") else None
-        return str(self.client.create_experiment(self.experiment.name, artifact_location=location))
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training runs, not on traces
+        return str(self.client.create_experiment(self.experiment.name, artifact_location=location, tags=tags))
 
     # ---- the parent run
 
@@ -119,12 +122,16 @@ class Tracker:
         from mlflow.entities import RunTag
 
         code = code_version()
+        self._pipeline = pipeline
         tags = {
             "lazypipe.kind": "experiment",
             "lazypipe.pipeline": pipeline,
             "lazypipe.owner": json.dumps(self._me.__dict__),
             "lazypipe.command": command,
             "lazypipe.root": str(self._root),
+            "mlflow.source.name": command,
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": getpass.getuser(),
             **_code_tags(code),
         }
         if rerun_of is not None:
@@ -142,6 +149,9 @@ class Tracker:
         for decision in plan.values():
             if decision.action == "cached" and decision.generation is not None:
                 self.link(decision.node, decision.generation)
+        corpus = plan["tokenize"].generation
+        if plan["tokenize"].action == "cached" and corpus is not None:
+            self.log_corpus(self.parent_id, corpus, "training")
 
     def _interrupted_parent(self, pipeline: str) -> str | None:
         runs = self.client.search_runs(
@@ -207,7 +217,10 @@ class Tracker:
             "lazypipe.variant": node.variant or "",
             "lazypipe.fingerprint": node.fingerprint,
             "lazypipe.generation": f"{node.stage}/{node.fingerprint[:12]}/{generation}",
-            "lazypipe.pipeline": self._pipeline_tag(),
+            "lazypipe.pipeline": self._pipeline,
+            "mlflow.source.name": self._me.command,
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": getpass.getuser(),
             **_code_tags(code_version()),
         }
         if rerun_of is not None:
@@ -223,9 +236,6 @@ class Tracker:
             self._log_params(child.run_id, params)
         attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
         return child
-
-    def _pipeline_tag(self) -> str:
-        return str(self.client.get_run(self.parent_id).data.tags.get("lazypipe.pipeline", ""))
 
     def _resume_child(self, attempt: Path, tags: Mapping[str, str], metrics_file: Path) -> ChildRun | None:
         from mlflow.entities import RunTag
