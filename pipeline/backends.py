@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -153,6 +154,7 @@ class RayBackend:
         import ray
 
         self._ray = ray
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address="local" if own else address,
@@ -166,6 +168,8 @@ class RayBackend:
                 f"Ray cluster at {address}: cannot be joined: {_first_line(error)}; if it asks for a token, set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
+        # ray.init takes SIGTERM for itself and ends the process at once: runs were left RUNNING by `ray job stop`.
+        signal.signal(signal.SIGTERM, on_sigterm)
         totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.capacity = Capacity(
             cpus=sum(r.get("CPU", 0.0) for r in totals),
