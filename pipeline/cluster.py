@@ -133,7 +133,7 @@ def _check_tracking_uri(uri: str) -> None:
     if parts.scheme in ("", "file") or (parts.scheme == "sqlite" and not uri.startswith("sqlite:////")):
         raise Refusal(
             f"MLFLOW_TRACKING_URI {uri!r} would lie in the job's temporary directory; name a server (http://host:port) "
-            "or an absolute path on the cluster (sqlite:////path/mlflow.db), or unset it: the cluster's own is used then"
+            "or an absolute path on the cluster (sqlite:////path/mlflow.db), or unset it for the cluster's own"
         )
     if parts.password is not None:
         raise Refusal(
