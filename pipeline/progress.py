@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Display:
     def begin(self, node_id: str, progress_file: Path) -> None:
         line = self.lines[node_id]
         line.state, line.progress_file, line.started = "running", progress_file, time.monotonic()
-        line.last_printed = line.started
+        line.last_printed, line.ended, line.first, line.latest = line.started, None, None, {}
         self._say(f"{node_id}: started")
 
     def set(self, node_id: str, state: str, detail: str = "") -> None:
@@ -82,12 +83,12 @@ class Display:
         for line in self.lines.values():
             if line.state != "running" or line.progress_file is None:
                 continue
-            try:
-                line.latest = json.loads(line.progress_file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            latest = _read_progress(line.progress_file)
+            if latest is None:
                 continue
+            line.latest = latest
             if line.first is None:
-                line.first = (line.latest["time"], line.latest["done"])
+                line.first = (latest["time"], latest["done"])
             if self._live is None and time.monotonic() - line.last_printed >= PLAIN_INTERVAL_S:
                 line.last_printed = time.monotonic()
                 self._say(f"{line.node_id}: {_progress_text(line)}")
@@ -102,15 +103,28 @@ class Display:
             table.add_column(overflow="ellipsis", no_wrap=True)
         for line in self.lines.values():
             bar: ProgressBar | Text = Text("")
-            text = line.detail
+            text = line.detail.replace("\n", " ")
             if line.state == "running":
                 if line.latest:
                     bar = ProgressBar(total=line.latest["total"] or 1, completed=line.latest["done"], width=24)
                 text = _progress_text(line)
             elif line.ended is not None:
-                text = f"{_duration(line.ended - line.started)}  {line.detail}"
-            table.add_row(line.node_id, Text(line.state, STYLES.get(line.state, "dim")), bar, text)
+                text = f"{_duration(line.ended - line.started)}  {text}"
+            table.add_row(line.node_id, Text(line.state, STYLES.get(line.state, "dim")), bar, Text(text))
         return table
+
+
+def _read_progress(path: Path) -> dict[str, Any] | None:
+    """A progress file as `Context.progress` writes it, or None while there is none that can be shown."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        done, total, moment = float(found["done"]), float(found["total"]), float(found["time"])
+        numbers = {str(name): value for name, value in dict(found.get("numbers") or {}).items()}
+        if not all(math.isfinite(number) for number in (done, total, moment)):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return {"done": done, "total": total, "time": moment, "unit": str(found.get("unit", "")), "numbers": numbers}
 
 
 def _progress_text(line: Line) -> str:
@@ -125,14 +139,14 @@ def _progress_text(line: Line) -> str:
     parts.append(elapsed)
     if eta is None and line.first is not None and now["done"] > line.first[1] and now["time"] > line.first[0]:
         eta = (now["total"] - now["done"]) * (now["time"] - line.first[0]) / (now["done"] - line.first[1])
-    if eta is not None:
-        parts.append(f"ETA {_duration(eta)}")
+    if isinstance(eta, (int, float)) and math.isfinite(eta):
+        parts.append(f"ETA {_duration(max(0.0, eta))}")
     return "  ".join(parts)
 
 
-def _number(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
+def _number(value: Any) -> str:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return str(value)
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}" if abs(value) >= 10_000 else str(int(value))
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
