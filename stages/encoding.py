@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,8 @@ from stages.shards import DOCUMENTS_SCHEMA, ShardWriter, write_documents
 from stages.split import BOTH, DIGEST_DTYPE, SKIP, TRAIN, VALIDATION, divide_tail
 
 SPLITS = {TRAIN: "train", VALIDATION: "validation"}
-# Text handed to the tokenizer at once: its encodings take about 100 bytes a token, so 2 MiB stay below 100 MB.
-_BATCH_CHARACTERS = 2**21
+# Text handed to the tokenizer at once, two of the longest pieces. Its encodings take about 350 bytes a token: 240 MB.
+_BATCH_CHARACTERS = 2_000_000
 
 Report = Callable[[int, int], None]  # (bytes done, tokens done) of a unit so far
 
@@ -145,12 +146,9 @@ def encode_unit(task: EncodeTask, report: Report | None = None) -> EncodedUnit:
     eos_in_text = 0
     done_bytes = done_tokens = 0
     for batch in _batches(_task_pieces(task)):
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         training: list[npt.NDArray[np.uint32]] = []
-        for piece, encoding in zip(batch, encodings, strict=True):
-            tokens = np.array(
-                [*encoding.ids, task.coder.eos_id] if piece.ends_document else encoding.ids, dtype=np.uint32
-            )
+        for piece, ids in zip(batch, _encoded(tokenizer, batch), strict=True):
+            tokens = np.append(ids, np.uint32(task.coder.eos_id)) if piece.ends_document else ids
             writers[piece.side].append(tokens, piece)
             if piece.side == TRAIN:
                 training.append(tokens)
@@ -162,6 +160,12 @@ def encode_unit(task: EncodeTask, report: Report | None = None) -> EncodedUnit:
         if report is not None:
             report(done_bytes, done_tokens)
     return EncodedUnit({SPLITS[side]: writer.close() for side, writer in writers.items()}, token_counts, eos_in_text)
+
+
+def _encoded(tokenizer: Any, batch: list[_SidedPiece]) -> list[npt.NDArray[np.uint32]]:
+    # In a function of its own, so that the encodings are gone before the next batch makes its own.
+    encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 @dataclass(frozen=True)
