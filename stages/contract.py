@@ -201,12 +201,16 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     `durable` also survives a power cut, at the price of an fsync.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk, or interrupted
+        raise
 
 
 def _fsync(path: Path) -> None:
