@@ -1,0 +1,269 @@
+"""The stage contract: what reaches the disk, in which order, and what a crash leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import contract
+from stages.contract import CHECKPOINT_MANIFEST, Context, checkpoint_problem, file_sha256, write_atomically
+
+
+def context_in(directory: Path, **fields: Any) -> Context:
+    for name in ("output", "scratch"):
+        (directory / name).mkdir(exist_ok=True)
+    return Context(directory / "output", directory / "scratch", **fields)
+
+
+def write_weights(text: str) -> Any:
+    def write(directory: Path) -> None:
+        (directory / "weights.bin").write_text(text)
+        (directory / "optimizer.bin").write_text(text * 2)
+
+    return write
+
+
+def steps(context: Context) -> list[str]:
+    return sorted(p.name for p in (context.scratch_dir / "checkpoints").iterdir())
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_is_found_again_with_its_files(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    assert context.latest_checkpoint() is None
+    saved = context.save_checkpoint(120, write_weights("a"))
+    assert saved.name == "step-00000120" and checkpoint_problem(saved) is None
+    assert context.latest_checkpoint() == (120, saved)
+    assert {p.name for p in saved.iterdir()} == {"weights.bin", "optimizer.bin", CHECKPOINT_MANIFEST}
+    assert json.loads((saved / CHECKPOINT_MANIFEST).read_text())["files"]["optimizer.bin"]["size"] == 2
+
+
+def test_a_crash_while_writing_leaves_the_checkpoint_before_and_no_other(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    before = context.save_checkpoint(10, write_weights("a"))
+
+    def crash(directory: Path) -> None:
+        (directory / "weights.bin").write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        context.save_checkpoint(20, crash)
+    assert not list((context.scratch_dir / "checkpoints").glob("step-00000020*"))
+    assert context.latest_checkpoint() == (10, before)
+    context.save_checkpoint(30, write_weights("b"))
+    assert steps(context) == ["step-00000010", "step-00000030"], "nothing is left of the one that failed"
+
+
+@pytest.mark.parametrize("crash_at", ["write_atomically", "file_sha256", "_fsync"])
+def test_a_crash_anywhere_before_the_rename_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str
+) -> None:
+    context = context_in(tmp_path)
+
+    def crash(*_: Any) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(contract, crash_at, crash)
+    with pytest.raises(OSError, match="killed"):
+        context.save_checkpoint(10, write_weights("a"))
+    assert context.latest_checkpoint() is None
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_checkpoint(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    leftover = context.scratch_dir / "checkpoints" / ".step-00000010.1"
+    leftover.mkdir(parents=True)
+    (leftover / "weights.bin").write_text("gigabytes")
+    assert context.latest_checkpoint() is None
+    context.save_checkpoint(20, write_weights("a"))
+    assert steps(context) == ["step-00000020"]
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    for step in (5, 10, 100, 1000):
+        context.save_checkpoint(step, write_weights(str(step)), keep=2)
+    assert steps(context) == ["step-00000100", "step-00001000"]
+    context.save_checkpoint(1005, write_weights("x"), keep=1)
+    assert steps(context) == ["step-00001005"]
+
+
+def test_a_step_saved_again_replaces_the_one_before(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    context.save_checkpoint(10, write_weights("a"))
+    saved = context.save_checkpoint(10, write_weights("b"))
+    assert steps(context) == [saved.name] and (saved / "weights.bin").read_text() == "b"
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    context.save_checkpoint(40, write_weights("a"), keep=1)
+    damaged = context.save_checkpoint(60, write_weights("b"), keep=2)
+    (damaged / "weights.bin").unlink()
+    found = context.latest_checkpoint()
+    assert found is not None and found[0] == 40
+    saved = context.save_checkpoint(50, write_weights("c"), keep=1)  # resumed from 40, with another interval
+    assert context.latest_checkpoint() == (50, saved)
+    assert steps(context) == ["step-00000050"]
+
+
+def truncate(directory: Path) -> None:
+    (directory / "weights.bin").write_text("")
+
+
+def flip(directory: Path) -> None:
+    (directory / "weights.bin").write_text("X")
+
+
+def lose(directory: Path) -> None:
+    (directory / "weights.bin").unlink()
+
+
+def lose_manifest(directory: Path) -> None:
+    (directory / CHECKPOINT_MANIFEST).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncate, "weights.bin has 0 bytes, expected 1"),
+        (flip, "weights.bin does not match its sha256"),
+        (lose, "weights.bin is missing"),
+        (lose_manifest, CHECKPOINT_MANIFEST),
+    ],
+)
+def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path: Path, damage: Any, expected: str) -> None:
+    context = context_in(tmp_path)
+    older = context.save_checkpoint(10, write_weights("a"))
+    newest = context.save_checkpoint(20, write_weights("b"))
+    damage(newest)
+    warnings: list[str] = []
+    assert context.latest_checkpoint(warnings.append) == (10, older)
+    assert len(warnings) == 1 and str(newest) in warnings[0] and expected in warnings[0]
+    damage(older)
+    assert context.latest_checkpoint(warnings.append) is None
+    assert len(warnings) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"files": []}', '{"files": {"weights.bin": 3}}', "\x00"]
+)
+def test_an_unreadable_checkpoint_manifest_is_a_problem_and_no_crash(tmp_path: Path, text: str) -> None:
+    saved = context_in(tmp_path).save_checkpoint(10, write_weights("a"))
+    (saved / CHECKPOINT_MANIFEST).write_text(text)
+    assert CHECKPOINT_MANIFEST in str(checkpoint_problem(saved))
+
+
+# ---- metrics
+
+
+def test_metrics_are_appended_and_non_finite_values_are_left_out(tmp_path: Path) -> None:
+    import numpy as np
+
+    context = context_in(tmp_path)
+    context.log_metrics(0, {"loss": 4.5, "lr": np.float32(0.5), "bad": math.nan, "far": math.inf, "low": -math.inf})
+    context.log_metrics(1, {"loss": 4})
+    lines = [json.loads(line) for line in (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["metrics"]) for line in lines] == [(0, {"loss": 4.5, "lr": 0.5}), (1, {"loss": 4.0})]
+    assert all(type(value) is float for line in lines for value in line["metrics"].values())
+
+
+def test_only_rank_0_writes_metrics_and_progress(tmp_path: Path) -> None:
+    context = context_in(tmp_path, rank=1, world_size=2)
+    context.log_metrics(0, {"loss": 1.0})
+    context.progress(1, 1, "steps")
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+# ---- progress
+
+
+def test_progress_is_written_now_and_then_and_always_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([10.0, 10.4, 10.6, 10.7, 10.8])
+    monkeypatch.setattr(contract.time, "monotonic", lambda: next(clock))
+    context = context_in(tmp_path, progress_interval_s=0.5)
+    seen = []
+    for done in (1, 2, 3, 4, 5):
+        context.progress(done, 5, "steps", loss=4.0)
+        seen.append(json.loads((tmp_path / "scratch" / "progress.json").read_text())["done"])
+    assert seen == [1, 1, 3, 3, 5]
+
+
+def test_progress_holds_what_the_display_reads(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    context.progress(3, 10, "files", phase="encoding", eta_s=4.0)
+    found = json.loads((tmp_path / "scratch" / "progress.json").read_text())
+    assert found.pop("time") > 0
+    assert found == {"done": 3, "total": 10, "unit": "files", "numbers": {"phase": "encoding", "eta_s": 4.0}}
+
+
+def test_a_stop_is_requested_by_a_file(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    assert not context.stop_requested
+    (tmp_path / "scratch" / "stop").touch()
+    assert context.stop_requested
+
+
+# ---- tables and maps
+
+
+def test_a_table_is_saved_as_parquet_and_as_json(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    rows = [{"layer": 0, "sparsity": 0.5}, {"layer": 1, "sparsity": 0.25}]
+    path = context_in(tmp_path).log_table("sparsity", rows)
+    assert path == tmp_path / "output" / "tables" / "sparsity.parquet"
+    assert pq.read_table(path).to_pylist() == rows == json.loads(path.with_suffix(".json").read_text())
+
+
+def test_the_default_map_keeps_the_order(tmp_path: Path) -> None:
+    assert list(context_in(tmp_path).map(len, ["a", "bbb", "cc"])) == [1, 3, 2]
+
+
+# ---- atomic files
+
+
+@given(old=st.text(max_size=20), new=st.text(max_size=20))
+def test_a_file_holds_the_old_or_the_new_text(old: str, new: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("atomic") / "file.json"
+    write_atomically(path, old, durable=False)
+    write_atomically(path, new, durable=False)
+    assert path.read_bytes() == new.encode()
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_crash_in_the_middle_keeps_the_old_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    path = tmp_path / "current"
+    write_atomically(path, "g0001")
+
+    def crash(*_: Any) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(os, "fsync", crash) if durable else monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(OSError, match="killed"):
+        write_atomically(path, "g0002", durable=durable)
+    monkeypatch.undo()
+    assert path.read_text() == "g0001"
+    assert [p.name for p in tmp_path.iterdir()] == ["current"], "a failed write leaves nothing behind"
+    write_atomically(path, "g0003", durable=durable)
+    assert path.read_text() == "g0003"
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert file_sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
