@@ -117,7 +117,7 @@ def comparison(title: str, tokenize: Artifact, variants: Sequence[Variant]) -> d
     }
     columns = ["variant", "mixer", "validation_loss", "perplexity", "bits_per_byte"]
     columns += [f"{PERPLEXITY_AT}{length}" for length in sorted(extrapolated)[-1:]]
-    columns += ["sparsity", "untrained_sparsity", "surviving_mass", "sink", "tokens_per_s", "parameters"]
+    columns += ["sparsity", "untrained_sparsity", "near_zero", "surviving_mass", "sink", "tokens_per_s", "parameters"]
     if len(rows) > 1:
         columns.append("parameters_difference")
     return {

@@ -118,7 +118,7 @@ def _longer_context(report: Mapping[str, Any]) -> str | None:
         return None
 
     def change(row: Row) -> str:
-        return f"{_name(row)} {perplexity(row[key])} ({100 * (row[key] / row['perplexity'] - 1):+.0f} %)"
+        return f"{_name(row)} {perplexity(row[key])} ({100 * (row[key] / row['perplexity'] - 1):+.1f} %)"
 
     text = f"Perplexity at {count(length)} tokens, beyond what the models are meant for, against the trained length: "
     listed = [change(row) for row in ranked[:MAX_NAMES]]

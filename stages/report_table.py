@@ -61,17 +61,18 @@ class Column:
 COLUMNS = (
     Column("variant", "variant", "variant", str),
     Column("mixer", "mixer", "", str),
-    Column("validation_loss", "validation loss (nats/token)", "val loss", loss, "lowest"),
+    Column("validation_loss", "validation loss (nats)", "val loss", loss, "lowest"),
     Column("perplexity", "perplexity", "ppl", perplexity, "lowest"),
     Column("bits_per_byte", "bits per byte", "bits/byte", small, "lowest"),
-    Column(PERPLEXITY_AT, "perplexity at {} tokens (extrapolated)", "ppl@{}", perplexity, "lowest"),
-    Column("sparsity", "exactly-zero attention", "zeros", share, "highest"),
-    Column("untrained_sparsity", "the same, untrained", "untrained", share),
+    Column(PERPLEXITY_AT, "perplexity at {} †", "ppl@{}", perplexity, "lowest"),
+    Column("sparsity", "exact zeros", "zeros", share, "highest"),
+    Column("untrained_sparsity", "exact zeros untrained", "untrained", share),
+    Column("near_zero", "near zero", "", share),
     Column("surviving_mass", "surviving mass", "", small),
-    Column("sink", "sink (first-token attention)", "sink", small),
+    Column("sink", "sink", "sink", small),
     Column("tokens_per_s", "training tokens/s", "tokens/s", count, "highest"),
     Column("parameters", "parameters", "params", count),
-    Column("parameters_difference", "parameters against {}", "", difference),
+    Column("parameters_difference", "against {}", "", difference),
 )
 
 

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import pictures, report, report_page
+from stages import evaluate, pictures, pretrain, report, report_page, sparsity
 from stages.configs import EvaluateConfig, PretrainConfig, ReportConfig, SparsityConfig, TokenizeConfig
 from stages.contract import Artifact, Context, Outputs
 from stages.report_findings import findings
 from stages.report_table import terminal_rows
 from tests.stages.tiny_experiment import context_in
+from tests.stages.toy_training import tiny_run, toy_corpus
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** [a](http://x) ![i](y) </pre> &lt; \\| $x$ \x1b[31m \u202e # h"
 UNIGRAM_ENTROPY = 5.5
@@ -47,23 +48,23 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
     for number, (name, loss) in enumerate(losses.items()):
         lazy = name.startswith("lazy")
         mixer = "lazy" if lazy else "standard"
-        pretrain = inputs[f"pretrain/{name}"] = artifact(
+        trained = inputs[f"pretrain/{name}"] = artifact(
             root / "pretrain" / name,
             PretrainConfig.model_validate({"model": {"mixer": mixer}, "seed": 3}),
             {"loss": 4.0, "tokens_per_s": 1000.0 + 500 * number},
             {"parameters": 800_000 + 2064 * lazy, "steps": 4, "threads": 2, "device": "cpu"},
             warnings=["<b>bold</b> warning"] if lazy else [],
         )
-        context = Context(pretrain.path, pretrain.path)
+        context = Context(trained.path, trained.path)
         context.log_table(
             "history",
             [{"step": i, "loss": 7.0 - i, "validation_loss": loss if i == 4 else None} for i in range(1, 5)],
         )
         metrics = {} if loss is None else {"validation_loss": loss, "perplexity": float(np.exp(loss))}
-        evaluate = inputs[f"evaluate/{name}"] = artifact(
+        evaluated = inputs[f"evaluate/{name}"] = artifact(
             root / "evaluate" / name, EvaluateConfig(), {**metrics, "perplexity_at/512": 90.0 + number}, {}
         )
-        context = Context(evaluate.path, evaluate.path)
+        context = Context(evaluated.path, evaluated.path)
         context.log_table(
             "context_lengths",
             [
@@ -74,7 +75,7 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
         context.log_table("continuations", [{"prompt": texts, "method": "greedy", "text": texts}])
         zeros = 0.7123 - number / 100 if lazy else 0.0
         moved = {"tau_moved": 0.25, "tau_min": -1.0, "tau_max": -0.75, "tau_mean": -0.9, "bias_moved": 0.5}
-        sparsity = inputs[f"sparsity/{name}"] = artifact(
+        measured = inputs[f"sparsity/{name}"] = artifact(
             root / "sparsity" / name,
             SparsityConfig(),
             {
@@ -85,7 +86,7 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
             },
             {"mixer": mixer, "windows": 16, "seq_len": 256, "threads": 2, "device": "cpu"},
         )
-        context = Context(sparsity.path, sparsity.path)
+        context = Context(measured.path, measured.path)
         context.log_table(
             "heads",
             [
@@ -257,6 +258,41 @@ def test_missing_result_of_a_variant_is_named(tmp_path: Path) -> None:
         report.variants_of(inputs)
     with pytest.raises(ValueError, match="at least one variant"):
         report.variants_of({"tokenize": inputs["tokenize"]})
+
+
+def test_report_of_a_real_tiny_experiment(tmp_path: Path) -> None:
+    corpus = toy_corpus(tmp_path / "tokenize")
+    inputs = {"tokenize": corpus}
+    stages: list[tuple[str, Any, Any]] = [
+        ("evaluate", evaluate, EvaluateConfig(context_lengths=(16, 96), prompts=("the king",), max_new_tokens=4)),
+        ("sparsity", sparsity, SparsityConfig(windows=3, seq_len=32, heat_map_heads=1)),
+    ]
+    for mixer in ("lazy", "standard"):
+        config = tiny_run(mixer, steps=6)
+        upstream_of_both = {
+            "tokenize": corpus,
+            "pretrain": finish(tmp_path, "pretrain", mixer, pretrain, config, inputs),
+        }
+        inputs[f"pretrain/{mixer}"] = upstream_of_both["pretrain"]
+        for stage, module, stage_config in stages:
+            inputs[f"{stage}/{mixer}"] = finish(tmp_path, stage, mixer, module, stage_config, upstream_of_both)
+    outputs, folder = run(tmp_path, inputs, "tiny")
+    metrics = outputs.metrics
+    assert metrics["standard/sparsity"] == 0 and metrics["standard/surviving_mass"] == pytest.approx(1, abs=1e-6)
+    assert 0.4 < metrics["lazy/sparsity"] < 1 and metrics["lazy/surviving_mass"] < 1
+    lazy, standard = stored(folder)["rows"]
+    assert lazy["validation_loss"] == inputs["evaluate/lazy"].metrics["validation_loss"]
+    assert lazy["parameters_difference"] == 2 * (2 * 16 + 2)  # two layers of a bias [2, 16] and a tau [2]
+    assert lazy["perplexity_at/96"] > 0 and lazy["tau_moved"] > 0 and "tau_moved" not in standard
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert "Learned thresholds" in page.text and len(page.blocks) == 4
+
+
+def finish(root: Path, stage: str, mixer: str, module: Any, config: Any, inputs: dict[str, Artifact]) -> Artifact:
+    context = context_in(root / stage / mixer)
+    outputs: Outputs = module.run(config, inputs, context)
+    manifest = {"config": config.model_dump(mode="json"), "facts": outputs.facts, "metrics": outputs.metrics}
+    return Artifact(context.output_dir, manifest)
 
 
 CHARACTERS = st.one_of(st.sampled_from("<>&|`*_[]()\\!#~$\"'-+=:./\n\t\r \x02\x03\u2028\ud800"), st.characters())
