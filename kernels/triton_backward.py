@@ -12,7 +12,15 @@ causal block: 3 rho and 2 + 2 rho.
 import triton
 import triton.language as tl
 
-from kernels.triton_blocks import add_bias, add_bias_transposed, block_is_active, popcount, row_tokens, unsigned_word
+from kernels.triton_blocks import (
+    HIDDEN,
+    add_bias,
+    add_bias_transposed,
+    block_is_active,
+    popcount,
+    row_tokens,
+    unsigned_word,
+)
 
 
 @triton.jit
@@ -72,11 +80,11 @@ def query_kernel(
             b_p = tl.exp2(b_s - b_lse[:, None])
             if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
                 m_see = (o_key[None, :] <= o_pos[:, None]) & (o_key[None, :] >= o_first[:, None])
-                b_p = tl.where((b_count == 1.0)[:, None], 1.0, b_p)
-                b_p = tl.where(m_see, b_p, float("-inf"))  # never above -tau / n
+                b_p = tl.where((b_count == 1.0)[:, None], 1.0, b_p)  # exactly 1, not nearly
+                b_p = tl.where(m_see, b_p, HIDDEN)
             b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_dp = tl.where(b_p + b_tau[:, None] > 0.0, b_da, 0.0)
-            b_pdp = tl.where(b_dp == 0.0, 0.0, b_p * b_dp)
+            b_pdp = b_p * b_dp
             b_delta += tl.sum(b_pdp, 1)
             b_da_sum += tl.sum(b_dp, 1)
             if NEED_DQ:
@@ -148,21 +156,17 @@ def key_kernel(
             if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
                 m_see = (o_key[:, None] <= (o_m + shift)[None, :]) & (o_key[:, None] >= o_first[None, :])
                 b_p = tl.where((b_count == 1.0)[None, :], 1.0, b_p)
-                b_p = tl.where(m_see, b_p, 0.0)
-            b_ds = b_p * (0.0 - b_delta)[None, :]
+                b_p = tl.where(m_see, b_p, HIDDEN)
+            b_ds = tl.maximum(b_p, 0.0) * (0.0 - b_delta)[None, :]
             if block_is_active(p_head_words, i_m, i_n, num_words, BM, BN, MM, MN):
                 b_do = tl.load(p_head_do + o_m[:, None].to(tl.int64) * s_gl + o_d[None, :], mask=m_tile, other=0.0)
                 b_a = tl.maximum(b_p + (tau / b_count)[None, :], 0.0)
-                if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
-                    m_see = (o_key[:, None] <= (o_m + shift)[None, :]) & (o_key[:, None] >= o_first[None, :])
-                    b_a = tl.where(m_see, b_a, 0.0)
                 if NEED_DV:
                     b_dv = tl.dot(b_a.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
                 if NEED_DK:
                     b_da = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
                     b_ds += tl.where(b_a > 0.0, b_p * b_da, 0.0)
             if NEED_DK:
-                b_ds = tl.where((b_count == 1.0)[None, :], 0.0, b_ds)
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     o_out = (i_bkv * key_len + o_key)[:, None] * D + o_d[None, :]
     if NEED_DK:

@@ -9,6 +9,9 @@ int32.
 import triton
 import triton.language as tl
 
+# p of a hidden pair: far below any -tau / n, so no threshold lets it through, and finite, so that 0 p is 0.
+HIDDEN = tl.constexpr(-1e30)
+
 
 @triton.jit
 def add_bias(b_dot, p_table, qk_scale, delta, window, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr):

@@ -13,7 +13,7 @@ Matrix products per causal block, rho = share of marked blocks: 1 + 2 rho for in
 import triton
 import triton.language as tl
 
-from kernels.triton_blocks import add_bias, bitwise_or, popcount, row_tokens, unsigned_word
+from kernels.triton_blocks import HIDDEN, add_bias, bitwise_or, popcount, row_tokens, unsigned_word
 
 # Marks are taken this much (in log2) below the threshold, far more than the rounding between the two walks.
 MARK_SLACK = tl.constexpr(1e-3)
@@ -112,11 +112,12 @@ def forward_kernel(
             b_v = tl.load(p_v + o_key[:, None].to(tl.int64) * s_vl + o_d[None, :], mask=m_key, other=0.0)  # [BN, DP]
             b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             b_s = add_bias(b_dot, p_table, qk_scale, row0 + shift - key0, window, BM, BN, STEP)
-            b_a = tl.maximum(tl.exp2(b_s - b_lse[:, None]) + b_tau[:, None], 0.0)
+            b_p = tl.exp2(b_s - b_lse[:, None])
             if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
                 m_see = (o_key[None, :] <= o_pos[:, None]) & (o_key[None, :] >= o_first[:, None])
-                b_a = tl.where((b_count == 1.0)[:, None], tl.maximum(1.0 + tau, 0.0), b_a)  # p is 1, not nearly 1
-                b_a = tl.where(m_see, b_a, 0.0)
+                b_p = tl.where((b_count == 1.0)[:, None], 1.0, b_p)  # exactly 1, not nearly
+                b_p = tl.where(m_see, b_p, HIDDEN)
+            b_a = tl.maximum(b_p + b_tau[:, None], 0.0)
             b_bits |= tl.where((tl.max(b_a, 1) > 0.0) & m_row, 1, 0) << i_bit
             b_out = tl.dot(b_a.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
             if STATS:

@@ -1,0 +1,206 @@
+"""The promises of `lazy_attention` that are not mathematics: errors, strides, laziness, compilation, repeatability."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import lazy_attention
+from kernels.blockwise import blockwise
+from kernels.tiles import forced_tiles
+from kernels.triton_ops import triton_decode, triton_forward
+from tests.kernels.problems import SMALL_TILES, make_problem, run
+
+BACKENDS = ["reference", "blockwise", "triton"]
+
+
+def arguments(**changes):
+    p = make_problem(0, heads_kv=2, group=2, query_len=8, dim=16, window=4)
+    given = dict(zip(("q", "k", "v", "bias", "tau"), p.inputs, strict=True))
+    given.update(changes)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(4, 8, 16)}, ValueError, "q has shape [4, 8, 16]; expected 4 dimensions"),
+        ({"q": [1.0]}, TypeError, "q is a list; expected a torch.Tensor"),
+        ({"q": torch.zeros(1, 3, 8, 16)}, ValueError, "q has 3 heads and k 2; expected a multiple"),
+        ({"q": torch.zeros(1, 4, 9, 16)}, ValueError, "expected Lq <= Lk"),
+        ({"q": torch.zeros(1, 4, 0, 16)}, ValueError, "expected no empty dimension"),
+        ({"k": torch.zeros(1, 2, 8, 8)}, ValueError, "k has shape [1, 2, 8, 8] and v [1, 2, 8, 16]"),
+        ({"k": torch.zeros(1, 2, 8, 16).half()}, TypeError, "k has dtype torch.float16 and q torch.float32"),
+        ({"k": torch.zeros(1, 2, 8, 16, device="meta")}, ValueError, "k is on meta and q on cpu"),
+        ({"q": torch.zeros(1, 4, 8, 16).int()}, TypeError, "q has dtype torch.int32; expected float32"),
+        ({"bias": torch.zeros(3, 4)}, ValueError, "bias has shape [3, 4]; expected [4, W]"),
+        ({"bias": torch.zeros(4, 0)}, ValueError, "bias has shape [4, 0]"),
+        ({"bias": torch.zeros(4, 4).bfloat16()}, TypeError, "bias has dtype torch.bfloat16; expected torch.float32"),
+        ({"tau": torch.zeros(2)}, ValueError, "tau has shape [2]; expected [4]"),
+        ({"tau": torch.zeros(4).half()}, TypeError, "tau has dtype torch.float16; expected torch.float32"),
+        ({"backend": "flash"}, ValueError, "backend is 'flash'; expected one of auto, reference, blockwise, triton"),
+        ({"position_offset": -1}, ValueError, "position_offset is -1"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, ValueError, "cu_seqlens is torch.int64 [2]; expected int32"),
+        (
+            {"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)},
+            ValueError,
+            "cu_seqlens is [0, 7]; expected a rising",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 5, 3, 8], dtype=torch.int32)},
+            ValueError,
+            "expected a rising list from 0 to 8",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32), "position_offset": 2},
+            ValueError,
+            "position_offset is 2; expected 0 with cu_seqlens",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        lazy_attention(**arguments(**changes))
+
+
+def test_packed_documents_want_one_batch_and_no_cache():
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    p = make_problem(0, batch=2, query_len=8)
+    with pytest.raises(ValueError, match="q has batch size 2; expected 1 with cu_seqlens"):
+        lazy_attention(*p.inputs, cu_seqlens=cu)
+    p = make_problem(0, query_len=8, key_len=9)
+    with pytest.raises(ValueError, match="k has 9 positions and q 8; expected as many"):
+        lazy_attention(*p.inputs, cu_seqlens=cu)
+
+
+def test_triton_says_what_it_cannot_take(monkeypatch):
+    p = make_problem(0, query_len=8)
+    with pytest.raises(ValueError, match=r"q is torch.float64 with head_dim 16; .* use backend='blockwise'"):
+        lazy_attention(*p.double().inputs, backend="triton")
+    with pytest.raises(ValueError, match="head_dim 8"):
+        lazy_attention(*make_problem(0, query_len=8, dim=8).inputs, backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="q is on cpu; expected a CUDA device"):
+        lazy_attention(*p.inputs, backend="triton")
+
+
+def test_auto_on_a_cpu_is_blockwise():
+    p = make_problem(1, query_len=50)
+    assert torch.equal(lazy_attention(*p.inputs), lazy_attention(*p.inputs, backend="blockwise"))
+
+
+def test_import_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\nfrom kernels import lazy_attention\n"
+        "x = torch.randn(1, 2, 5, 16)\n"
+        "print(lazy_attention(x, x, x, torch.zeros(2, 3), -torch.ones(2)).shape)\n"
+        "import kernels.bench, kernels.preflight, kernels.audit, kernels.tuning\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[1, 2, 5, 16]" in done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
+    """Views as models make them: heads inside the sequence axis, a slice of a fused projection, a sliced head_dim."""
+    p = make_problem(2, batch=2, heads_kv=2, group=2, query_len=24, taus=(-0.9, 0.2))
+    expected = run(p, backend)
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in p[:3]]
+    sliced = torch.cat([p.k, p.v], dim=-1)
+    every_other = torch.stack([p.q, p.q], dim=-1).flatten(-2)[..., ::2]
+    with forced_tiles(SMALL_TILES):
+        for q, k, v in (swapped, (p.q, sliced[..., :16], sliced[..., 16:]), (every_other, p.k, p.v)):
+            strided = [x.detach().requires_grad_() for x in (q, k, v, p.bias, p.tau)]
+            out = lazy_attention(*strided, backend=backend)
+            gradients = torch.autograd.grad(out, strided, p.grad_out.transpose(1, 2).contiguous().transpose(1, 2))
+            for x, y in zip((out, *gradients), expected, strict=True):
+                torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend):
+    p = make_problem(3, query_len=20)
+    inputs = [x.detach().requires_grad_() for x in p.inputs]
+    with forced_tiles(SMALL_TILES):
+        lazy_attention(*inputs, backend=backend).sum().backward()
+        expected = run(p._replace(grad_out=torch.ones_like(p.grad_out)), backend)[1:]
+    for x, y in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(x.grad, y, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+@pytest.mark.parametrize("wanted", range(5))
+def test_each_gradient_alone(backend, wanted):
+    p = make_problem(4, query_len=30, group=2, taus=(-0.9, 0.2))
+    with forced_tiles(SMALL_TILES):
+        expected = run(p, backend)[1 + wanted]
+        inputs = [x.detach().clone().requires_grad_(i == wanted) for i, x in enumerate(p.inputs)]
+        lazy_attention(*inputs, backend=backend).backward(p.grad_out)
+    torch.testing.assert_close(inputs[wanted].grad, expected, atol=1e-6, rtol=1e-5)
+    assert all(x.grad is None for i, x in enumerate(inputs) if i != wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_are_bitwise_equal(backend):
+    p = make_problem(5, batch=2, group=2, query_len=300 if backend != "triton" else 40, taus=(-1.0, 0.2))
+    with forced_tiles(SMALL_TILES):
+        for x, y in zip(run(p, backend), run(p, backend), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_deterministic_changes_nothing_because_nothing_is_not():
+    p = make_problem(6, query_len=40)
+    with forced_tiles(SMALL_TILES):
+        for backend in BACKENDS:
+            out = lazy_attention(*p.inputs, backend=backend, deterministic=True)
+            assert torch.equal(out, lazy_attention(*p.inputs, backend=backend))
+
+
+def test_no_kernel_uses_atomics():
+    from pathlib import Path
+
+    import kernels
+
+    sources = sorted(Path(kernels.__file__).parent.glob("triton_*.py"))
+    assert len(sources) >= 5
+    assert not [path.name for path in sources if "tl.atomic" in path.read_text()]
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def op_inputs(p):
+    return [x.detach().clone().requires_grad_() for x in p.inputs]
+
+
+@pytest.mark.parametrize("documents", [None, [3, 9]])
+@pytest.mark.parametrize("stats", [False, True])
+def test_opcheck_blockwise(documents, stats):
+    p = make_problem(7, query_len=20, group=2, taus=(-0.9, 0.2), documents=documents)
+    torch.library.opcheck(blockwise, (*op_inputs(p), p.cu_seqlens, 0, 0.25, stats), test_utils=CHECKS)
+
+
+def test_opcheck_triton():
+    p = make_problem(8, query_len=20, taus=(-0.9,))
+    torch.library.opcheck(triton_forward, (*op_inputs(p), None, 0, 0.25, True, True), test_utils=CHECKS)
+    torch.library.opcheck(triton_decode, (*p.inputs, 0, 0.25), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_compiles_as_one_graph(backend):
+    p = make_problem(9, query_len=40, group=2, taus=(-0.9, 0.2))
+
+    def doubled(q, k, v, bias, tau):
+        return 2 * lazy_attention(q, k, v, bias, tau, backend=backend)
+
+    compiled = torch.compile(doubled, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (doubled, compiled):
+        inputs = op_inputs(p)
+        results.append([function(*inputs), *torch.autograd.grad(function(*inputs), inputs, p.grad_out)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)

@@ -1,0 +1,82 @@
+"""Statistics and the block mask: what they say, against the weights written out."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from kernels import lazy_attention
+from kernels.stats import block_any
+from kernels.tiles import forced_tiles
+from tests.kernels.problems import SMALL_TILES, make_problem, problems, visible_and_counts, weight_ratios
+
+some = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def weights_written_out(problem):
+    visible, counts = visible_and_counts(problem)
+    ratios = weight_ratios(problem)
+    ratios = torch.where((counts == 1)[:, None] & visible, 1.0, ratios)  # one key: p = 1
+    weights = torch.relu(ratios + problem.tau.double()[:, None, None]) / counts[:, None]
+    return weights.nan_to_num(0.0), visible
+
+
+def check_stats(problem, backend):
+    weights, visible = weights_written_out(problem)
+    with forced_tiles(SMALL_TILES):
+        _, stats = lazy_attention(*problem.inputs, **problem.options, backend=backend, return_stats=True)
+    torch.testing.assert_close(stats.surviving_mass.double(), weights.sum(-1), atol=1e-4, rtol=1e-4)
+    sparsity = 1 - (weights > 0).sum(-1) / visible.sum(-1)
+    torch.testing.assert_close(stats.row_sparsity.double(), sparsity.double(), atol=1e-6, rtol=0)
+    used = block_any(weights > 0, stats.block_size)
+    assert stats.block_mask.shape == used.shape
+    assert not (used & ~stats.block_mask).any(), "an active pair lies in a block the mask calls empty"
+    for x in stats[:3]:
+        assert x.dtype == torch.float32
+        assert not x.requires_grad
+    return used, stats.block_mask
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@given(problem=problems(longest=300, dtypes=(torch.float32,)))
+@some
+def test_stats(backend, problem):
+    check_stats(problem, backend)
+
+
+@given(problem=problems(dtypes=(torch.float32, torch.bfloat16)))
+@some
+def test_stats_of_triton(problem):
+    used, mask = check_stats(problem, "triton")
+    assert torch.equal(used, mask), "off ties the mask of the second walk is exact"
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "triton"])
+def test_local_heads_leave_most_blocks_empty(backend):
+    """A steep bias empties far blocks; a flat head keeps all: the mask must tell them apart, head by head."""
+    p = make_problem(1, heads_kv=2, query_len=600 if backend != "triton" else 96, window=24, taus=(-1.0,))
+    p.bias[0] = 14.0
+    p.bias[1] = 0.0
+    p = p._replace(tau=torch.tensor([-1.0, -1.0]))
+    with forced_tiles(SMALL_TILES), torch.no_grad():
+        out, stats = lazy_attention(*p.inputs, backend=backend, return_stats=True)
+        expected = lazy_attention(*p.double().inputs, backend="reference")
+    rows, columns = stats.block_mask.shape[2:]
+    causal = torch.ones(rows, columns).tril((columns // rows - 1) if columns > rows else 0).sum()
+    assert stats.block_mask[0, 0].sum() < 0.6 * causal
+    assert stats.block_mask[0, 1].sum() >= 0.9 * causal
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=0)
+
+
+def test_lse_is_that_of_the_biased_scores():
+    p = make_problem(2, query_len=35, taus=(-0.9,), group=2)
+    expected = lazy_attention(*p.double().inputs, backend="reference", return_stats=True)[1].lse
+    for backend in ("blockwise", "triton"):
+        lse = lazy_attention(*p.inputs, backend=backend, return_stats=True)[1].lse
+        torch.testing.assert_close(lse, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_stats_do_not_change_the_output():
+    p = make_problem(4, query_len=500, taus=(-1.0, 0.3), group=2)
+    for backend in ("reference", "blockwise"):
+        plain = lazy_attention(*p.inputs, backend=backend)
+        assert torch.equal(plain, lazy_attention(*p.inputs, backend=backend, return_stats=True)[0])
