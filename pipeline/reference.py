@@ -27,9 +27,9 @@ HEAD = """# The experiment file, field by field
 
 Made from the code by `python -m pipeline.reference > docs/configuration.md`; a test keeps it true.
 
-Top level: `name` (of the experiment; also its MLflow experiment), `seed` (of training and evaluation; tokenization has
-its own), `extends` (one parent file, merged below this one), and the sections below. `variants` maps a name
-(`[a-z0-9_]+`) to fields of `model` and `pretrain`, written flat; `evaluate: {...}` may nest there.
+Top level: `name` (of the experiment; also its MLflow experiment), `seed` (of training and evaluation; nothing in
+tokenization is random), `extends` (one parent file, merged below this one), and the sections below. `variants` maps a
+name (`[a-z0-9_]+`) to fields of `model` and `pretrain`, written flat; `evaluate: {...}` may nest there.
 
 Fields marked *operational* say how a stage runs and not what it computes: changing them recomputes nothing.
 """

@@ -93,7 +93,6 @@ class TokenizeConfig(StageConfig):
         "replace", description="what to do with bytes that are not UTF-8: replace and count, or refuse"
     )
     shard_bytes: int = operational(64 * 2**20, ge=2**12, description="approximate size of a token shard in bytes")
-    seed: int = Field(0, ge=0, description="seed of anything random in tokenization (its own, not the experiment's)")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

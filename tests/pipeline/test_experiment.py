@@ -80,12 +80,11 @@ def test_a_key_of_two_sections_reaches_only_the_one_it_is_written_in() -> None:
     assert (a.pretrain.dtype, a.evaluate.dtype, a.sparsity.dtype) == ("bfloat16", "float32", "float32")
 
 
-def test_seeds_come_from_the_experiment_unless_set_nearer_and_never_for_tokenization() -> None:
+def test_seeds_come_from_the_experiment_unless_set_nearer() -> None:
     variants = {"a": {}, "b": {"seed": 8, "evaluate": {"seed": 9}}}
     experiment = small(seed=5, variants=variants)
     seeds = {name: (v.pretrain.seed, v.evaluate.seed) for name, v in experiment.variants.items()}
     assert seeds == {"a": (5, 5), "b": (8, 9)}
-    assert experiment.tokenize.seed == 0
     experiment = small(seed=5, pretrain={**SMALL["pretrain"], "seed": 6}, evaluate={"seed": 7})
     assert (experiment.variants["lazy"].pretrain.seed, experiment.variants["lazy"].evaluate.seed) == (6, 7)
 
