@@ -23,7 +23,7 @@ from model.loss import next_token_loss
 from model.transformer import Transformer
 from stages.batches import count_windows, read_window, validation_windows
 from stages.configs import EvaluateConfig
-from stages.contract import Artifact, Context, Outputs, Refusal
+from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
 from stages.token_bytes import byte_scale, token_byte_counts
 
@@ -70,15 +70,25 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     table = token_byte_counts(tokenizer_json, checkpoint.vocab_size)
     scale = byte_scale(table, shards, corpus.facts["splits"]["validation"]["bytes"])
 
+    bytes_of_token = np.multiply(table, scale, dtype=np.float64)
+    windows = {length: validation_windows(shards, length, max(1, config.max_tokens // length)) for length in lengths}
+    total = sum(length * len(chosen) for length, chosen in windows.items())
     scores: dict[int, Score] = {}
+    done = 0
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        for done, length in enumerate(lengths):
-            context.progress(done, len(lengths) + 1, "context lengths", length=length)
-            windows = validation_windows(shards, length, max(1, config.max_tokens // length))
-            scores[length] = score_windows(checkpoint.model, shards, length, windows, table, scale, config.batch_tokens)
-        context.progress(len(lengths), len(lengths) + 1, "context lengths")
+        for length in lengths:
+            score = Score(0, 0, 0.0, 0.0)
+            size = max(1, config.batch_tokens // length)
+            for start in range(0, len(windows[length]), size):
+                if context.stop_requested:
+                    raise Interrupted(f"evaluation stopped after {done} of {total} tokens; it starts again next time")
+                context.progress(done, total, "tokens", context_length=length)
+                batch = np.stack([read_window(shards, length, w) for w in windows[length][start : start + size]])
+                score = add(score, score_batch(checkpoint.model, batch, bytes_of_token))
+                done += batch[:, 1:].size
+            scores[length] = score
         continuations = continue_prompts(config, checkpoint, tokenizer_json)
-    context.progress(1, 1, "done")
+    context.progress(total, total, "tokens")
 
     context.log_table(
         "context_lengths", [row(length, scores[length], max_seq_len) for length in config.context_lengths]
@@ -114,27 +124,24 @@ def refuse_missing_windows(shards: TokenShards, lengths: list[int]) -> None:
 
 
 @torch.no_grad()
-def score_windows(
-    model: Transformer,
-    shards: TokenShards,
-    length: int,
-    windows: npt.NDArray[np.int64],
-    bytes_of_token: npt.NDArray[np.int64],
-    byte_scale: float,
-    batch_tokens: int,
-) -> Score:
-    """Sum the losses over windows of `length` tokens, about `batch_tokens` in a forward pass (one window at least).
+def score_batch(model: Transformer, batch: npt.NDArray[np.int64], bytes_of_token: npt.NDArray[np.float64]) -> Score:
+    """Score windows int64 [n, L + 1] in one forward pass.
 
-    The sums do not depend on batch_tokens but for float32 rounding inside the model: losses are added in float64.
+    Losses are added up in float64, so that how windows are batched changes nothing but rounding inside the model.
     """
-    device = model.embedding.weight.device
-    size = max(1, batch_tokens // length)
-    nats, text_bytes = 0.0, 0
-    for start in range(0, len(windows), size):
-        batch = np.stack([read_window(shards, length, w) for w in windows[start : start + size]])
-        nats += next_token_loss(model, torch.from_numpy(batch).to(device), reduction="none").double().sum().item()
-        text_bytes += int(bytes_of_token[batch[:, 1:]].sum())
-    return Score(len(windows), len(windows) * length, nats, text_bytes * byte_scale)
+    windows = torch.from_numpy(batch).to(model.embedding.weight.device)
+    losses = next_token_loss(model, windows, reduction="none")
+    text_bytes = float(bytes_of_token[batch[:, 1:]].sum())
+    return Score(len(batch), losses.numel(), losses.double().sum().item(), text_bytes)
+
+
+def add(one: Score, other: Score) -> Score:
+    return Score(
+        one.windows + other.windows,
+        one.tokens + other.tokens,
+        one.nats + other.nats,
+        one.text_bytes + other.text_bytes,
+    )
 
 
 def row(length: int, score: Score, max_seq_len: int) -> dict[str, object]:

@@ -45,7 +45,7 @@ def byte_scale(counts: npt.NDArray[np.int64], shards: TokenShards, text_bytes: i
     """text_bytes of the whole split / the bytes the table counts in it: 1 when the table is exact.
 
     A tokenizer that changes its text (lower-casing, added spaces) makes the table wrong by a few percent; multiplied by
-    this, it is right for the split as a whole. Costs one pass over the split (10^8 tokens a second).
+    this, it is right for the split as a whole. Costs one pass over the split.
     """
     counted = 0
     for start in range(0, shards.num_tokens, _CHUNK):

@@ -14,7 +14,7 @@ from model.checkpoint import load_checkpoint
 from model.config import MIXERS
 from stages import evaluate, pretrain
 from stages.configs import EvaluateConfig
-from stages.contract import Artifact, Outputs, Refusal
+from stages.contract import Artifact, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
 from stages.token_bytes import byte_scale, token_byte_counts
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
@@ -140,6 +140,13 @@ def test_the_longest_window_that_fits_is_scored(corpus: Artifact, trained: Artif
     length = corpus.facts["splits"]["validation"]["tokens"] - 1
     evaluated(corpus, trained, tmp_path, context_lengths=[length])
     assert [(row["windows"], row["tokens"]) for row in rows(tmp_path, "context_lengths")] == [(1, length)]
+
+
+def test_a_stop_is_heeded(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    (context.scratch_dir / "stop").touch()
+    with pytest.raises(Interrupted, match="stopped after 0 of"):
+        evaluate.run(config_of(), {"tokenize": corpus, "pretrain": trained}, context)
 
 
 def tokenizer_file(directory: Path, kind: str) -> Path:
