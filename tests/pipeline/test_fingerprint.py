@@ -39,7 +39,6 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "validation_fraction": 0.05,
         "token_dtype": "uint16",
         "invalid_utf8": "replace",
-        "seed": 0,
     },
     ("pretrain", 1): {
         "model.hidden_size": 128,
