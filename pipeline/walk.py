@@ -197,7 +197,8 @@ class Walk:
         if entry.damage() is not None:
             return None
         generation = entry.current()
-        if generation is None or generation.problem() is not None:
+        # Damage that only a sha256 showed would pass the quick check again.
+        if generation is None or generation.problem(full=decision.damage is not None) is not None:
             return None
         same = all(generation.manifest["inputs"].get(k, {}).get("generation") == g.id for k, g in inputs.items())
         return generation if same else None
@@ -251,8 +252,8 @@ class Walk:
             node = decision.node
             if self.outcomes[node.id].state != "waiting":
                 continue
-            bad = [i for i in node.inputs.values() if self.outcomes[i].state in ("failed", "blocked", "skipped")]
-            bad = [i for i in bad if self.outcomes[i].generation is None]
+            ended = [i for i in node.inputs.values() if self.outcomes[i].state not in ("waiting", "running")]
+            bad = [i for i in ended if self.outcomes[i].generation is None]
             if bad:
                 self.outcomes[node.id].state = "blocked"
                 self.display.set(node.id, "blocked", f"needs {', '.join(bad)}")
