@@ -222,6 +222,26 @@ def test_ray_cluster_yaml_has_tokens_tracking_and_shared_storage_on_every_start(
         subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
+def test_starting_the_mlflow_server_of_ray_cluster_yaml_returns_at_once(tmp_path: Path) -> None:
+    """As over ssh: the caller waits until nobody holds its pipes. No server answers, so that one must be started."""
+    programs = tmp_path / "lazypipe-venv" / "bin"
+    programs.mkdir(parents=True)
+    (tmp_path / "lazypipe-mlflow").mkdir()
+    for name, body in (("python", "exit 1"), ("mlflow", 'echo "$@" > ~/called; sleep 5')):
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    cluster = parse_yaml((PROJECT / "ray_cluster.yaml").read_text(encoding="utf-8"), "ray_cluster.yaml")
+    (command,) = [c for c in cluster["head_start_ray_commands"] if "mlflow server" in c]
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", f"true && ({command})"], env=environment, capture_output=True, check=True, timeout=4)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "called").exists() or not (tmp_path / "called").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "lazypipe-mlflow" / "server.log").read_text()
+        time.sleep(0.05)
+    called = (tmp_path / "called").read_text()
+    assert f"--backend-store-uri sqlite:///{tmp_path}/lazypipe-mlflow/mlflow.db" in called
+
+
 # ---- the UI
 
 
