@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from model.cache import KVCache
@@ -89,9 +90,10 @@ class AttentionMixer(TokenMixer):
         return apply_rope(q, rope), apply_rope(k, rope)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """q . k / sqrt(D) in float32, [B, H, Lq, Lk], before any mask."""
+        """q . k / sqrt(D) in float32, autocast or not, [B, H, Lq, Lk], before any mask."""
         keys = k.float().repeat_interleave(self.num_heads // self.kv_heads, dim=1)
-        scores: Tensor = (q.float() * self.scale) @ keys.transpose(-1, -2)
+        with torch.autocast(q.device.type, enabled=False):
+            scores: Tensor = (q.float() * self.scale) @ keys.transpose(-1, -2)
         return scores
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:

@@ -180,6 +180,16 @@ def test_tau_and_bias_stay_float32_under_autocast() -> None:
     assert mixer.bias.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_weights_are_formed_in_float32_under_autocast(mixer: str) -> None:
+    layer = awake(tiny(mixer)).layers[0].mixer
+    q, k = torch.randn(2, 1, 4, 12, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        expected = layer.weights(q, k)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.weights(q, k), expected)
+
+
 def test_the_kernel_backend_changes_rounding_only() -> None:
     tokens = some_tokens(1, 20)
     with torch.no_grad():
