@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -16,6 +17,12 @@ from pipeline import progress
 from pipeline.progress import Display
 
 GOOD: dict[str, Any] = {"done": 50, "total": 200, "unit": "steps", "time": 1000.0, "numbers": {"loss": 4.3125}}
+
+
+@pytest.fixture(autouse=True)
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing takes any time, however busy the machine."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 100.0))
 
 
 def plain_display(*node_ids: str) -> tuple[Display, io.StringIO]:
@@ -231,7 +238,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD, JSON)) | JSON, min_size=1, max_size=3))
 def test_no_progress_file_breaks_the_display(files: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("progress") / "progress.json"

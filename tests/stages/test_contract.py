@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def test_progress_is_written_now_and_then_and_always_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([10.0, 10.4, 10.6, 10.7, 10.8])
-    monkeypatch.setattr(contract.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(contract, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 1.0))
     context = context_in(tmp_path, progress_interval_s=0.5)
     seen = []
     for done in (1, 2, 3, 4, 5):
