@@ -64,7 +64,9 @@ def test_a_killed_driver_resumes_bitwise(tmp_path: Path, finished_run: FinishedR
     root = tmp_path / "output"
     process = start(finished_run.config, "--only", "pretrain", "--root", str(root))
     wait_for_checkpoint(root, process)
-    family = psutil.Process(process.pid).children(recursive=True)
+    # Ray's own agents notice a dead node in their own time (up to a minute); what computes must end at once.
+    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.cmdline()[0]]
+    assert len(family) > 2
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=20)
