@@ -119,8 +119,9 @@ def rerun(
     from pipeline.document import apply_overrides
     from pipeline.experiment import compose, resolve_root
     from pipeline.plan import Selection
+    from pipeline.rerun import experiment_of_run
     from pipeline.run import RunOptions, run_experiment
-    from pipeline.tracking import experiment_of_run, probe, tracking_uri
+    from pipeline.tracking_uri import probe, tracking_uri
 
     uri = tracking_uri(resolve_root(None, root))
     probe(uri)

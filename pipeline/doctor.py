@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline.execute import RECORDED_VERSIONS
 from pipeline.experiment import resolve_root
-from pipeline.tracking import probe, tracking_uri
+from pipeline.tracking_uri import probe, tracking_uri
 from stages.configs import TokenizeConfig
 from stages.contract import Refusal
 from stages.corpus import check_source

@@ -15,7 +15,7 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 from pipeline.experiment import resolve_root
-from pipeline.tracking import tracking_uri
+from pipeline.tracking_uri import tracking_uri
 from stages.contract import Refusal
 
 START_TIMEOUT_S = 120.0  # 12 s on two idle cores

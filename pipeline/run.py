@@ -23,7 +23,8 @@ from pipeline.plan import Plan, Selection, build_nodes, decide
 from pipeline.preflight import check_disk, inspect_sources
 from pipeline.progress import Display
 from pipeline.store import Generation, Store
-from pipeline.tracking import Tracker, probe, tracking_uri
+from pipeline.tracking import Tracker
+from pipeline.tracking_uri import probe, tracking_uri
 from pipeline.walk import Outcome, Walk
 from stages.contract import Refusal
 from stages.report_table import terminal_rows

@@ -7,21 +7,16 @@ resumed run skips the steps that were logged before it was killed.
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import json
 import logging
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.code_version import CodeVersion, code_version
 from pipeline.document import dump_yaml
@@ -30,46 +25,11 @@ from pipeline.fingerprint import flatten
 from pipeline.lease import Holder, is_alive
 from pipeline.plan import Node, Plan
 from pipeline.store import MANIFEST, Generation
-from stages.contract import Refusal
+from pipeline.tracking_uri import first_touch
 
-PROBE_TIMEOUT_S = 3.0
 MAX_ARTIFACT_BYTES = 64 * 2**20  # larger files stay in the store and are linked by path
 LINKED_SUFFIXES = (".arrow",)  # token shards: data, not results
 EXPERIMENT_FILE = "experiment.yaml"
-
-
-def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else a database below the root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-
-
-def probe(uri: str) -> None:
-    """Refuse a tracking URI that cannot work, within seconds and without importing mlflow."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_TIMEOUT_S):
-                return
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                return  # a server that wants credentials is there; mlflow reads them from its own environment
-            reason = f"it answered HTTP {error.code} to /health"
-        except (OSError, ValueError) as error:
-            reason = str(getattr(error, "reason", error))
-        raise Refusal(
-            f"MLflow tracking URI {uri} is unreachable: {reason}; start the server, correct MLFLOW_TRACKING_URI, "
-            "or unset it to log to a local database"
-        )
-    if parts.scheme in ("", "file"):
-        raise Refusal(
-            f"MLflow tracking URI {uri!r} is a file store, which MLflow no longer accepts; "
-            "use sqlite:///path/to/mlflow.db or the address of an MLflow server"
-        )
-    if parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
-        if not os.access(existing, os.W_OK):
-            raise Refusal(f"MLflow tracking URI {uri}: {existing} is not writable; choose another root or URI")
 
 
 @dataclass
@@ -87,9 +47,12 @@ class Tracker:
     """One pipeline execution in MLflow. Tracking errors after the start are reported and retried, never fatal."""
 
     def __init__(self, uri: str, root: Path, experiment: Experiment, me: Holder):
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # A server that goes away costs one retry per batch, not mlflow's minutes of them: the next batch tries again.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the run's own last lines say it
         import mlflow
         from mlflow import MlflowClient
@@ -102,7 +65,7 @@ class Tracker:
         self._pipeline = ""
         mlflow.set_tracking_uri(uri)
         self.client = MlflowClient(tracking_uri=uri)
-        with _first_touch(uri, root):
+        with first_touch(uri, root):
             self.experiment_id = self._experiment_id()
         self.parent_id = ""
 
@@ -209,7 +172,23 @@ class Tracker:
     def open_child(
         self, node: Node, scratch: Path, metrics_file: Path, generation: str, rerun_of: str | None
     ) -> ChildRun:
-        """Create the stage's run, or take up the one its interrupted execution logged to."""
+        """Create the stage's run, or take up the one its interrupted execution logged to.
+
+        When the server does not answer, the stage runs all the same, with a ChildRun without an id that logs nothing.
+        """
+        child = ChildRun("", metrics_file)
+
+        def create() -> None:
+            nonlocal child
+            child = self._open_child(node, scratch, metrics_file, generation, rerun_of)
+
+        if not self._safely(create):
+            print(f"warning: {node.id} runs without an MLflow run; its metrics stay in the store", file=sys.stderr)
+        return child
+
+    def _open_child(
+        self, node: Node, scratch: Path, metrics_file: Path, generation: str, rerun_of: str | None
+    ) -> ChildRun:
         attempt = scratch / "attempt.json"
         tags = {
             "mlflow.parentRunId": self.parent_id,
@@ -261,6 +240,8 @@ class Tracker:
 
     def pump(self, child: ChildRun) -> None:
         """Log the complete lines of metrics.jsonl that were not logged yet."""
+        if not child.run_id:
+            return
         try:
             with child.metrics_file.open("rb") as file:
                 file.seek(child.offset)
@@ -300,9 +281,10 @@ class Tracker:
             self._log_files(child.run_id, generation)
             self.client.set_terminated(child.run_id, status="FINISHED")
 
-        self.pump(child)
-        self._safely(close)
-        self._safely(lambda: self._log_model(child.run_id, node, generation))
+        if child.run_id:
+            self.pump(child)
+            self._safely(close)
+            self._safely(lambda: self._log_model(child.run_id, node, generation))
 
     def log_corpus(self, run_id: str, corpus: Generation, context: str) -> None:
         """Attach the tokenized corpus as an MLflow dataset; its digest is the first 32 of its fingerprint."""
@@ -319,7 +301,8 @@ class Tracker:
             profile=profile,
         )
         inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
-        self._safely(lambda: self.client.log_inputs(run_id, datasets=inputs))
+        if run_id:
+            self._safely(lambda: self.client.log_inputs(run_id, datasets=inputs))
 
     def fail_child(self, child: ChildRun, status: str, error: str) -> None:
         self.pump(child)
@@ -330,7 +313,8 @@ class Tracker:
                 self.client.log_text(child.run_id, error, "error.txt")
             self.client.set_terminated(child.run_id, status=status)
 
-        self._safely(close)
+        if child.run_id:
+            self._safely(close)
 
     # ---- what the methods above share
 
@@ -386,17 +370,6 @@ class Tracker:
         return True
 
 
-@contextmanager
-def _first_touch(uri: str, root: Path) -> Iterator[None]:
-    """One process at a time: several that create a fresh sqlite schema at once break it for good."""
-    if not uri.startswith("sqlite:"):
-        yield
-        return
-    with (root / ".mlflow.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _code_tags(code: CodeVersion) -> dict[str, str]:
     tags = {"lazypipe.sources": code.sources[:32]}
     if code.commit is not None:
@@ -411,37 +384,3 @@ def _flat_facts(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _size(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-
-
-def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None, Path]:
-    """(experiment document, node id of a stage's run or None, root) of an MLflow run; unknown ids are refused."""
-    import tempfile
-
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    from pipeline.document import read_document
-
-    client = MlflowClient(tracking_uri=uri)
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise Refusal(
-            f"rerun {run_id}: the tracking server at {uri} knows no such run ({error.message.splitlines()[0]}); "
-            "take the id from the MLflow UI or `lazypipe status`, and check MLFLOW_TRACKING_URI and --root"
-        ) from error
-    tags = run.data.tags
-    kind = tags.get("lazypipe.kind")
-    parent_id = run_id if kind == "experiment" else tags.get("mlflow.parentRunId")
-    if kind not in ("experiment", "stage") or parent_id is None:
-        raise Refusal(f"rerun {run_id}: this MLflow run was not logged by lazypipe")
-    node_id = None
-    if kind == "stage":
-        node_id = "/".join(part for part in (tags["lazypipe.stage"], tags.get("lazypipe.variant", "")) if part)
-    root = Path(client.get_run(parent_id).data.tags["lazypipe.root"])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = client.download_artifacts(parent_id, EXPERIMENT_FILE, folder)
-        except (MlflowException, OSError) as error:
-            raise Refusal(f"rerun {run_id}: its run {parent_id} holds no {EXPERIMENT_FILE} ({error})") from error
-        return read_document(Path(path)), node_id, root

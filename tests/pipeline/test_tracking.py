@@ -1,0 +1,114 @@
+"""The MLflow side, against a real sqlite store: no step twice, resumed runs, and a server that goes away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from pipeline import lease
+from pipeline.experiment import load_experiment
+from pipeline.plan import Plan, Selection
+from pipeline.run import make_plan
+from pipeline.tracking import Tracker
+from pipeline.tracking_uri import probe
+from stages.contract import Refusal
+from tests.pipeline.tiny import write_experiment
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tracker, Plan, Path]:
+    """A started parent run of a planned experiment."""
+    folder = tmp_path_factory.mktemp("tracked")
+    experiment = load_experiment(write_experiment(folder))
+    root = folder / "output"
+    root.mkdir()
+    plan, _ = make_plan(experiment, root, Selection(), full_check=False)
+    tracker = Tracker(f"sqlite:///{root / 'mlflow.db'}", root, experiment, lease.myself("lazypipe run tiny.yaml"))
+    tracker.start(plan, "f" * 32, "lazypipe run tiny.yaml", None)
+    return tracker, plan, root
+
+
+def line(step: int, **metrics: float) -> str:
+    return json.dumps({"step": step, "time": 1.7e9 + step, "metrics": metrics}) + "\n"
+
+
+def steps(tracker: Tracker, run_id: str, name: str = "loss") -> list[int]:
+    return sorted(point.step for point in tracker.client.get_metric_history(run_id, name))
+
+
+def test_only_complete_lines_are_logged_and_each_once(tracked: tuple[Tracker, Plan, Path], tmp_path: Path) -> None:
+    tracker, plan, _ = tracked
+    file = tmp_path / "metrics.jsonl"
+    child = tracker.open_child(plan["pretrain/lazy"].node, tmp_path, file, "g0001", None)
+    tracker.pump(child)
+    file.write_text(line(1, loss=3.0) + line(2, loss=2.5) + line(3, loss=2.0)[:-9])
+    tracker.pump(child)
+    tracker.pump(child)
+    assert steps(tracker, child.run_id) == [1, 2]
+    with file.open("a") as more:
+        more.write(line(3, loss=2.0)[-9:] + line(3, loss=1.0) + line(2, loss=9.0))
+    tracker.pump(child)
+    assert steps(tracker, child.run_id) == [1, 2, 3, 3]  # one file may say a step twice; a resumed one must not
+
+
+def test_a_resumed_stage_goes_on_in_its_run_without_repeating_steps(
+    tracked: tuple[Tracker, Plan, Path], tmp_path: Path
+) -> None:
+    tracker, plan, _ = tracked
+    node = plan["pretrain/standard"].node
+    first = tracker.open_child(node, tmp_path, tmp_path / "first.jsonl", "g0001", None)
+    (tmp_path / "first.jsonl").write_text(line(1, loss=3.0) + line(2, loss=2.5) + line(3, loss=2.2))
+    tracker.pump(first)
+    second = tracker.open_child(node, tmp_path, tmp_path / "second.jsonl", "g0002", None)
+    assert second.run_id == first.run_id
+    (tmp_path / "second.jsonl").write_text(line(2, loss=2.5) + line(3, loss=2.2) + line(4, loss=2.0))
+    tracker.pump(second)
+    assert steps(tracker, first.run_id) == [1, 2, 3, 4]
+
+
+def test_a_server_that_goes_away_costs_no_stage(
+    tracked: tuple[Tracker, Plan, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tracker, plan, _ = tracked
+    file = tmp_path / "metrics.jsonl"
+    child = tracker.open_child(plan["sparsity/lazy"].node, tmp_path, file, "g0001", None)
+    file.write_text(line(1, loss=3.0))
+
+    def dead(*_: Any, **__: Any) -> None:
+        raise MlflowException("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.client, "log_batch", dead)
+        patch.setattr(tracker.client, "create_run", dead)
+        tracker.pump(child)
+        lost = tracker.open_child(plan["evaluate/lazy"].node, tmp_path / "no", file, "g0001", None)
+        tracker.pump(lost)
+        tracker.fail_child(lost, "FAILED", "boom")
+    assert "connection refused" in capsys.readouterr().err and lost.run_id == ""
+    tracker.pump(child)  # the server is back
+    assert steps(tracker, child.run_id) == [1]
+
+
+def test_an_interrupted_parent_is_taken_up_and_a_living_one_is_not(tracked: tuple[Tracker, Plan, Path]) -> None:
+    tracker, plan, root = tracked
+    other = Tracker(tracker.uri, root, tracker.experiment, lease.myself("lazypipe run tiny.yaml"))
+    other.start(plan, "f" * 32, "again", None)
+    assert other.parent_id != tracker.parent_id  # this test's own process is alive and holds the first
+    other.finish("KILLED", None)
+    third = Tracker(tracker.uri, root, tracker.experiment, lease.myself("lazypipe run tiny.yaml"))
+    third.start(plan, "f" * 32, "and again", None)
+    assert third.parent_id == other.parent_id
+    assert third.client.get_run(third.parent_id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "http://127.0.0.1:9", "http://no.such.host.invalid"])
+def test_tracking_that_cannot_work_is_refused(uri: str) -> None:
+    with pytest.raises(Refusal, match=r"MLflow tracking URI"):
+        probe(uri)
