@@ -8,6 +8,7 @@ static counts over the whole kernel, not executed instructions. TRITON_INTERPRET
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.tiles import CANDIDATES, KERNELS, Tile, fits
+from kernels.tiles import CANDIDATES, DECODE_TILE, KERNELS, Tile, default_tile, fits, separate_outputs
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use, per architecture
 # Machine instructions worth counting: tensor-core products, exponentials, loads, shared-memory traffic, arithmetic.
@@ -28,7 +29,7 @@ INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU.EX2", "LDG", "LDGSTS", "LDS", "STS", "LDL
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel to compile; `variant` is training, inference or packed."""
+    """One kernel to compile; `variant` says which of its outputs it computes."""
 
     kernel: str
     head_dim: int
@@ -56,29 +57,26 @@ class Finding:
         return self.shared <= SHARED_LIMIT[self.case.arch]
 
 
-def default_cases(archs: Sequence[int] = (80, 90), dims: Sequence[int] = (64, 128, 256)) -> list[Case]:
-    """The default tile of every kernel, for bf16 and fp32."""
-    return [case for case in all_cases(archs, dims) if case.tile == _first(case.kernel, case.head_dim, case.dtype)]
-
-
-def all_cases(archs: Sequence[int] = (80, 90), dims: Sequence[int] = (16, 32, 64, 128, 256)) -> list[Case]:
-    """Every tile in kernels.tiles that the default forward tile allows, for bf16 and fp32, and the decode kernels."""
+def cases_for(
+    archs: Sequence[int], dims: Sequence[int], dtypes: Sequence[str] = ("bf16", "fp32"), every_tile: bool = False
+) -> list[Case]:
+    """The default tile of every kernel, or every tile the default forward tile allows, with the variants that ship."""
     cases = []
-    for arch in archs:
-        for dim in dims:
-            for dtype in ("bf16", "fp32"):
-                mask_tile = _first("forward", dim, dtype)
-                for kernel in KERNELS:
-                    for tile in CANDIDATES[kernel, dim, dtype == "fp32"]:
-                        if kernel == "forward" or fits(kernel, tile, mask_tile):
-                            cases.append(Case(kernel, dim, dtype, tile, arch, mask_tile))
-                        if kernel == "forward":
-                            cases.append(Case(kernel, dim, dtype, tile, arch, mask_tile, "inference"))
+    for arch, dim, dtype in itertools.product(archs, dims, dtypes):
+        wide = dtype == "fp32"
+        mask_tile = default_tile("forward", dim, wide, arch // 10)
+        for kernel in KERNELS:
+            default = default_tile(kernel, dim, wide, arch // 10)
+            others = [t for t in CANDIDATES[kernel, dim, wide] if every_tile and t != default]
+            tiles = [default, *(t for t in others if kernel == "forward" or fits(kernel, t, mask_tile))]
+            variants = ["training"]
+            if kernel == "forward":
+                variants = ["training", "inference"]
+            if kernel == "key" and separate_outputs(dim, wide):
+                variants = ["dk", "dv"]
+            cases += [Case(kernel, dim, dtype, tile, arch, mask_tile, v) for tile in tiles for v in variants]
+        cases += [Case(kernel, dim, dtype, DECODE_TILE, arch, mask_tile, "decode") for kernel in ("scores", "values")]
     return cases
-
-
-def _first(kernel: str, dim: int, dtype: str) -> Tile:
-    return CANDIDATES[kernel, dim, dtype == "fp32"][0]
 
 
 def _function_and_constants(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -87,6 +85,18 @@ def _function_and_constants(case: Case) -> tuple[Any, dict[str, Any]]:
     from kernels.triton_bias_grad import bias_kernel
     from kernels.triton_forward import forward_kernel
 
+    if case.variant == "decode":
+        from kernels.triton_decode import decode_scores_kernel, decode_values_kernel
+
+        sizes: dict[str, Any] = {
+            "D": case.head_dim,
+            "DP": case.head_dim,
+            "BR": 16,
+            "BN": case.tile.block_n,
+            "SPLITS": 64,
+        }
+        sizes |= {"PRECISION": "tf32x3" if case.dtype == "fp32" else "ieee"}
+        return {"scores": decode_scores_kernel, "values": decode_values_kernel}[case.kernel], sizes
     tile, training = case.tile, case.variant != "inference"
     constants: dict[str, Any] = {
         "D": case.head_dim,
@@ -98,22 +108,24 @@ def _function_and_constants(case: Case) -> tuple[Any, dict[str, Any]]:
         "WORDS": 2,
         "MM": case.mask_tile.block_m,
         "MN": case.mask_tile.block_n,
-        "PACKED": case.variant == "packed",
+        "PACKED": False,
         "TRAINING": training,
         "STATS": False,
         "NEED_DQ": True,
-        "NEED_DK": True,
-        "NEED_DV": True,
+        "NEED_DK": case.variant != "dv",
+        "NEED_DV": case.variant != "dk",
         "PRECISION": "tf32x3" if case.dtype == "fp32" else "ieee",
     }
     functions = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "bias": bias_kernel}
     return functions[case.kernel], constants
 
 
-def _pointer_type(name: str, dtype: str) -> str:
+def _pointer_type(name: str, dtype: str, variant: str) -> str:
+    if name == "p_out" and variant == "decode":
+        return "*fp32"  # partial outputs
     if name in ("p_q", "p_k", "p_v", "p_do", "p_out", "p_dq", "p_dk", "p_dv"):
         return f"*{dtype}"
-    return "*i32" if name in ("p_words", "p_first", "p_end") else "*fp32"
+    return "*i32" if name in ("p_words", "p_first", "p_end", "p_read") else "*fp32"
 
 
 def compile_case(case: Case) -> Finding:
@@ -131,7 +143,7 @@ def compile_case(case: Case) -> Finding:
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("p_"):
-            signature[name] = _pointer_type(name, case.dtype)
+            signature[name] = _pointer_type(name, case.dtype, case.variant)
         else:
             signature[name] = "fp32" if name in ("scale", "qk_scale") else "i32"
     # As at run time: pointers are 16-byte aligned, row strides are multiples of 16 elements.
@@ -215,12 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.audit", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256], choices=[16, 32, 64, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
     parser.add_argument("--all", action="store_true", help="every candidate tile, not only the defaults")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the findings here")
     arguments = parser.parse_args(argv)
-    choose = all_cases if arguments.all else default_cases
-    findings = compile_all(choose(arguments.arch, arguments.dims), arguments.workers)
+    cases = cases_for(arguments.arch, arguments.dims, arguments.dtypes, arguments.all)
+    findings = compile_all(cases, arguments.workers)
     print(format_table(findings))
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(f) for f in findings], indent=1) + "\n")

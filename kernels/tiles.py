@@ -32,15 +32,15 @@ CANDIDATES: dict[tuple[str, int, bool], tuple[Tile, ...]] = {}
 for _dim in (16, 32, 64):
     CANDIDATES["forward", _dim, False] = (Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3))
     CANDIDATES["query", _dim, False] = (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3))
-    CANDIDATES["key", _dim, False] = (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 3))
+    CANDIDATES["key", _dim, False] = (Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2))
     CANDIDATES["bias", _dim, False] = (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
 CANDIDATES["forward", 128, False] = (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2))
 CANDIDATES["query", 128, False] = (Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
-CANDIDATES["key", 128, False] = (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 128, 8, 2))
+CANDIDATES["key", 128, False] = (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 128, 8, 2))
 CANDIDATES["bias", 128, False] = (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
 CANDIDATES["forward", 256, False] = (Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 2))
-CANDIDATES["query", 256, False] = (Tile(64, 64, 8, 1), Tile(64, 64, 8, 2))
-CANDIDATES["key", 256, False] = (Tile(64, 64, 8, 1), Tile(32, 64, 8, 1))
+CANDIDATES["query", 256, False] = (Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 2))
+CANDIDATES["key", 256, False] = (Tile(32, 64, 8, 1), Tile(64, 64, 8, 1))
 CANDIDATES["bias", 256, False] = (Tile(64, 64, 8, 1), Tile(64, 64, 4, 1))
 for _dim in (16, 32, 64):
     CANDIDATES["forward", _dim, True] = (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2))
@@ -55,6 +55,20 @@ CANDIDATES["forward", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
 CANDIDATES["query", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
 CANDIDATES["key", 256, True] = (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1))
 CANDIDATES["bias", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+
+# Defaults where mma, with its operands in registers, needs smaller tiles than wgmma.
+AMPERE: dict[tuple[str, int, bool], Tile] = {
+    ("forward", 128, False): Tile(64, 64, 8, 2),
+    ("forward", 256, False): Tile(64, 32, 8, 2),
+    ("query", 256, False): Tile(32, 32, 8, 1),
+    ("key", 128, False): Tile(16, 64, 8, 1),
+    ("key", 256, False): Tile(16, 32, 4, 1),
+    ("bias", 128, False): Tile(64, 64, 8, 2),
+    ("bias", 256, False): Tile(64, 64, 8, 1),
+}
+for _dim in (16, 32, 64):
+    AMPERE["query", _dim, False] = Tile(128, 64, 8, 1)
+    AMPERE["key", _dim, False] = Tile(32, 64, 8, 2)
 
 # Rows of a decode tile are the queries of a group, at most DECODE_ROWS; longer chunks go through the forward kernel.
 DECODE_ROWS = 64
@@ -77,6 +91,20 @@ def fits(kernel: str, tile: Tile, forward: Tile) -> bool:
     return rows_fit and aligned and (kernel != "bias" or tile.block_m == tile.block_n)
 
 
+def default_tile(kernel: str, padded: int, wide: bool, capability: int) -> Tile:
+    """The default for a GPU of this major compute capability: 8 (mma) or 9 and later (wgmma)."""
+    hopper = CANDIDATES[kernel, padded, wide][0]
+    return AMPERE.get((kernel, padded, wide), hopper) if capability < 9 else hopper
+
+
+def separate_outputs(padded: int, wide: bool) -> bool:
+    """Whether dk and dv come from two launches: together their accumulators spill at head_dim 256 and in float32.
+
+    The second launch repeats one product of the seven; the spills were up to 12 KB of stack per thread.
+    """
+    return padded > 128 or (wide and padded > 32)
+
+
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The tile a kernel uses for this head_dim and dtype on this device: forced, else measured, else the default."""
     if kernel in _forced:
@@ -86,7 +114,8 @@ def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.devic
         measured = _read_cache().get(cache_key(kernel, head_dim, wide, torch.cuda.get_device_name(device)))
         if measured is not None:
             return Tile(*measured)
-    return CANDIDATES[kernel, padded_dim(head_dim), wide][0]
+        return default_tile(kernel, padded_dim(head_dim), wide, torch.cuda.get_device_capability(device)[0])
+    return default_tile(kernel, padded_dim(head_dim), wide, 9)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from kernels.triton_blocks import (
     add_bias_transposed,
     block_is_active,
     popcount,
+    product,
     row_tokens,
     unsigned_word,
 )
@@ -75,20 +76,20 @@ def query_kernel(
             m_key = (o_key < key_len)[:, None] & m_d[None, :]
             b_k = tl.load(p_k + o_key[:, None].to(tl.int64) * s_kl + o_d[None, :], mask=m_key, other=0.0)  # [BN, DP]
             b_v = tl.load(p_v + o_key[:, None].to(tl.int64) * s_vl + o_d[None, :], mask=m_key, other=0.0)  # [BN, DP]
-            b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_dot = product(b_q, tl.trans(b_k), PRECISION=PRECISION)
             b_s = add_bias(b_dot, p_table, qk_scale, row0 + shift - key0, window, BM, BN, STEP)
             b_p = tl.exp2(b_s - b_lse[:, None])
             if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
                 m_see = (o_key[None, :] <= o_pos[:, None]) & (o_key[None, :] >= o_first[:, None])
                 b_p = tl.where((b_count == 1.0)[:, None], 1.0, b_p)  # exactly 1, not nearly
                 b_p = tl.where(m_see, b_p, HIDDEN)
-            b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            b_da = product(b_do, tl.trans(b_v), PRECISION=PRECISION)
             b_dp = tl.where(b_p + b_tau[:, None] > 0.0, b_da, 0.0)
             b_pdp = b_p * b_dp
             b_delta += tl.sum(b_pdp, 1)
             b_da_sum += tl.sum(b_dp, 1)
             if NEED_DQ:
-                b_x = tl.dot(b_pdp.to(b_k.dtype), b_k, b_x, input_precision=PRECISION)
+                b_x = product(b_pdp.to(b_k.dtype), b_k, b_x, PRECISION=PRECISION)
     tl.store(p_delta + o_rows, b_delta, mask=m_row)
     tl.store(p_da + o_rows, b_da_sum / b_count, mask=m_row)
     if NEED_DQ:
@@ -147,7 +148,7 @@ def key_kernel(
             b_lse = tl.load(p_lse + o_rows, mask=m_row, other=float("inf"))  # p = 0 there
             b_delta = tl.load(p_delta + o_rows, mask=m_row, other=0.0)
             o_first, b_count = row_tokens(o_m, query_len, shift, offset, p_first, PACKED)
-            b_dot = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+            b_dot = product(b_k, tl.trans(b_q), PRECISION=PRECISION)  # [BN, BM]
             b_s = add_bias_transposed(b_dot, p_head_table, qk_scale, row0 + shift - key0, window, BM, BN, STEP)
             b_p = tl.exp2(b_s - b_lse[None, :])
             first_max = 0
@@ -162,12 +163,12 @@ def key_kernel(
                 b_do = tl.load(p_head_do + o_m[:, None].to(tl.int64) * s_gl + o_d[None, :], mask=m_tile, other=0.0)
                 b_a = tl.maximum(b_p + (tau / b_count)[None, :], 0.0)
                 if NEED_DV:
-                    b_dv = tl.dot(b_a.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                    b_dv = product(b_a.to(b_do.dtype), b_do, b_dv, PRECISION=PRECISION)
                 if NEED_DK:
-                    b_da = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+                    b_da = product(b_v, tl.trans(b_do), PRECISION=PRECISION)
                     b_ds += tl.where(b_a > 0.0, b_p * b_da, 0.0)
             if NEED_DK:
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+                b_dk = product(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION=PRECISION)
     o_out = (i_bkv * key_len + o_key)[:, None] * D + o_d[None, :]
     if NEED_DK:
         tl.store(p_dk + o_out, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_keys)

@@ -9,7 +9,7 @@ about half a matrix product per causal block at L = 4096, W = 512. kernels.toepl
 import triton
 import triton.language as tl
 
-from kernels.triton_blocks import block_is_active, row_tokens
+from kernels.triton_blocks import block_is_active, product, row_tokens
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def bias_kernel(
             b_lse = tl.load(p_lse + i_bh * query_len + o_m, mask=m_row, other=float("inf"))
             b_delta = tl.load(p_delta + i_bh * query_len + o_m, mask=m_row, other=0.0)
             o_first, b_count = row_tokens(o_m, query_len, shift, offset, p_first, PACKED)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale + b_bias
+            b_s = product(b_q, tl.trans(b_k), PRECISION=PRECISION) * qk_scale + b_bias
             m_see = (o_key[None, :] <= (o_m + shift)[:, None]) & (o_key[None, :] >= o_first[:, None]) & m_row[:, None]
             b_p = tl.where(m_see, tl.exp2(b_s - b_lse[:, None]), 0.0)
             b_ds = b_p * (0.0 - b_delta)[:, None]
@@ -64,7 +64,7 @@ def bias_kernel(
             if block_is_active(p_head_words, i_m, key0 // T, num_words, T, T, MM, MN):
                 b_do = tl.load(p_do + i_b * s_gb + i_h * s_gh + o_long * s_gl + o_d[None, :], mask=m_tile, other=0.0)
                 b_v = tl.load(p_v + i_b * s_vb + i_kv * s_vh + o_key_long * s_vl + o_d[None, :], mask=m_key, other=0.0)
-                b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+                b_da = product(b_do, tl.trans(b_v), PRECISION=PRECISION)
                 b_ds += tl.where(m_see & (b_p + (tau / b_count)[:, None] > 0.0), b_p * b_da, 0.0)
             b_sum += tl.where((b_count == 1.0)[:, None], 0.0, b_ds)
     i_tile = ((i_h * tl.num_programs(0) + i_t) * num_slices + i_slice) * (T * T)

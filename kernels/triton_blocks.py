@@ -14,6 +14,14 @@ HIDDEN = tl.constexpr(-1e30)
 
 
 @triton.jit
+def product(x, y, accumulator=None, PRECISION: tl.constexpr = "ieee"):
+    """x y (+ accumulator) in float32. "upcast" is for the interpreter, whose dot takes bfloat16 for integers."""
+    if PRECISION == "upcast":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), accumulator)
+    return tl.dot(x, y, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
 def add_bias(b_dot, p_table, qk_scale, delta, window, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr):
     """Scores [BM, BN] of the block whose first query stands `delta` after its first key; no loads beyond the window.
 

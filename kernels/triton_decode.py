@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.tiles import DECODE_TILE, padded_dim
+from kernels.triton_blocks import product
 from kernels.triton_launch import LOG2_E, on_device, options, precision, rows_contiguous
 
 DECODE_PROGRAMS = 264  # two for each multiprocessor of an H100; more only adds partial outputs to merge
@@ -51,7 +52,7 @@ def decode_scores_kernel(
         o_dist = o_pos[:, None] - o_key[None, :]
         m_bias = (o_dist >= 0) & (o_dist < window) & m_r[:, None]
         b_bias = tl.load(p_bias + i_h[:, None] * window + o_dist, mask=m_bias, other=0.0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale + b_bias * 1.4426950408889634
+        b_s = product(b_q, tl.trans(b_k), PRECISION=PRECISION) * qk_scale + b_bias * 1.4426950408889634
         b_s = tl.where((o_dist >= 0) & m_key[None, :], b_s, float("-inf"))
         o_s = o_r[:, None].to(tl.int64) * key_len + o_key[None, :]
         tl.store(p_scores + o_s, b_s, mask=m_r[:, None] & m_key[None, :])
@@ -107,7 +108,7 @@ def decode_values_kernel(
         read += tl.where(m_used, 1, 0)
         o_v = o_key[:, None].to(tl.int64) * s_vl + o_d[None, :]
         b_v = tl.load(p_v + o_v, mask=m_used[:, None] & m_d[None, :], other=0.0)  # [BN, DP]
-        b_out = tl.dot(b_a.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        b_out = product(b_a.to(b_v.dtype), b_v, b_out, PRECISION=PRECISION)
     i_out = i_bkv * num_splits + i_split
     o_out = (i_out * rows + o_r)[:, None] * D + o_d[None, :]
     tl.store(p_out + o_out, b_out, mask=m_r[:, None] & m_d[None, :])
@@ -136,11 +137,11 @@ def launch_decode(
         decode_scores_kernel[(splits, batch * heads_kv)](
             q, k, bias.contiguous(), scores, peaks, sums, *q.stride()[:3], *k.stride()[:3],
             heads_kv, group, query_len, key_len, bias.shape[1], keys_per_split, scale * LOG2_E,
-            **sizes, PRECISION=precision(q.dtype), **options(tile),
+            **sizes, PRECISION=precision(q), **options(tile),
         )  # fmt: skip
         decode_values_kernel[(splits, batch * heads_kv)](
             v, scores, peaks, sums, tau.contiguous(), parts, read, *v.stride()[:3],
             heads_kv, group, query_len, key_len, offset, keys_per_split,
-            **sizes, SPLITS=triton.next_power_of_2(splits), PRECISION=precision(q.dtype), **options(tile),
+            **sizes, SPLITS=triton.next_power_of_2(splits), PRECISION=precision(q), **options(tile),
         )  # fmt: skip
     return parts.sum(2).view(q.shape).to(q.dtype), read.sum(2)

@@ -13,7 +13,7 @@ Matrix products per causal block, rho = share of marked blocks: 1 + 2 rho for in
 import triton
 import triton.language as tl
 
-from kernels.triton_blocks import HIDDEN, add_bias, bitwise_or, popcount, row_tokens, unsigned_word
+from kernels.triton_blocks import HIDDEN, add_bias, bitwise_or, popcount, product, row_tokens, unsigned_word
 
 # Marks are taken this much (in log2) below the threshold, far more than the rounding between the two walks.
 MARK_SLACK = tl.constexpr(1e-3)
@@ -71,7 +71,7 @@ def forward_kernel(
             o_key = key0 + o_n
             m_key = (o_key < key_len)[:, None] & m_d[None, :]
             b_k = tl.load(p_k + o_key[:, None].to(tl.int64) * s_kl + o_d[None, :], mask=m_key, other=0.0)  # [BN, DP]
-            b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_dot = product(b_q, tl.trans(b_k), PRECISION=PRECISION)
             b_s = add_bias(b_dot, p_table, qk_scale, row0 + shift - key0, window, BM, BN, STEP)
             if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
                 m_see = (o_key[None, :] <= o_pos[:, None]) & (o_key[None, :] >= o_first[:, None])
@@ -82,7 +82,7 @@ def forward_kernel(
             b_alpha = tl.exp2(b_max - b_new)
             b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
             if TRAINING:
-                b_mean = tl.dot(b_p.to(b_k.dtype), b_k, b_mean * b_alpha[:, None], input_precision=PRECISION)
+                b_mean = product(b_p.to(b_k.dtype), b_k, b_mean * b_alpha[:, None], PRECISION=PRECISION)
             m_mark = b_peak > b_new + tl.log2(b_sum) + (b_log - MARK_SLACK)
             b_bits |= tl.where(m_mark & m_row, 1, 0) << (i_n - i_w * 32)
             b_max = b_new
@@ -110,7 +110,7 @@ def forward_kernel(
             m_key = (o_key < key_len)[:, None] & m_d[None, :]
             b_k = tl.load(p_k + o_key[:, None].to(tl.int64) * s_kl + o_d[None, :], mask=m_key, other=0.0)  # [BN, DP]
             b_v = tl.load(p_v + o_key[:, None].to(tl.int64) * s_vl + o_d[None, :], mask=m_key, other=0.0)  # [BN, DP]
-            b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_dot = product(b_q, tl.trans(b_k), PRECISION=PRECISION)
             b_s = add_bias(b_dot, p_table, qk_scale, row0 + shift - key0, window, BM, BN, STEP)
             b_p = tl.exp2(b_s - b_lse[:, None])
             if (key0 + BN > row0 + shift + 1) | (key0 < first_max):
@@ -119,7 +119,7 @@ def forward_kernel(
                 b_p = tl.where(m_see, b_p, HIDDEN)
             b_a = tl.maximum(b_p + b_tau[:, None], 0.0)
             b_bits |= tl.where((tl.max(b_a, 1) > 0.0) & m_row, 1, 0) << i_bit
-            b_out = tl.dot(b_a.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            b_out = product(b_a.to(b_v.dtype), b_v, b_out, PRECISION=PRECISION)
             if STATS:
                 b_mass += tl.sum(b_a, 1)
                 b_used += tl.sum(tl.where(b_a > 0.0, 1.0, 0.0), 1)

@@ -5,7 +5,19 @@ import json
 import pytest
 import torch
 
-from kernels.tiles import CANDIDATES, KERNELS, Tile, cache_key, cache_path, fits, forced_tiles, padded_dim, tile_for
+from kernels.tiles import (
+    AMPERE,
+    CANDIDATES,
+    KERNELS,
+    Tile,
+    cache_key,
+    cache_path,
+    default_tile,
+    fits,
+    forced_tiles,
+    padded_dim,
+    tile_for,
+)
 from kernels.tuning import tune
 from tests.kernels.problems import SMALL_TILES, make_problem
 
@@ -31,7 +43,7 @@ def test_forced_tiles_are_put_back():
 
 def test_tiles_that_cannot_read_the_mask_are_refused():
     wide = {**SMALL_TILES, "query": Tile(64, 16, 4, 1)}
-    with pytest.raises(ValueError, match="query tile .* cannot read the mask of forward tile"), forced_tiles(wide):
+    with pytest.raises(ValueError, match=r"query tile .* cannot read the mask of forward tile"), forced_tiles(wide):
         pass
 
 
@@ -74,9 +86,17 @@ def test_measured_tile_is_used_on_its_gpu(monkeypatch):
     from kernels.tiles import write_cache
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     cuda = torch.device("cuda")
     default = tile_for("forward", 64, torch.bfloat16, cuda)
     chosen = CANDIDATES["forward", 64, False][1]
     write_cache({cache_key("forward", 64, False, "Some GPU"): chosen})
     assert tile_for("forward", 64, torch.bfloat16, cuda) == chosen != default
     assert tile_for("forward", 64, torch.float32, cuda) == CANDIDATES["forward", 64, True][0]
+
+
+def test_ampere_defaults_fit_together():
+    for (kernel, dim, wide), tile in AMPERE.items():
+        assert fits(kernel, tile, default_tile("forward", dim, wide, 8)) or kernel == "forward"
+        assert default_tile(kernel, dim, wide, 8) == tile
+    assert default_tile("key", 64, False, 9) == CANDIDATES["key", 64, False][0]
