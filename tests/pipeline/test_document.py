@@ -101,7 +101,7 @@ def test_what_cannot_be_an_experiment_is_refused_in_one_line(text: str, expected
 
 
 @pytest.mark.filterwarnings("ignore::ruamel.yaml.error.ReusedAnchorWarning")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=10).map("".join))
 def test_any_text_parses_or_is_refused(text: str) -> None:
     try:

@@ -257,7 +257,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tree=st.dictionaries(KEYS, VALUES, max_size=5), section=st.sampled_from(SECTIONS), value=VALUES)
 def test_compose_returns_an_experiment_or_a_refusal(tree: dict[str, Any], section: str, value: Any) -> None:
     for document in (tree, {**SMALL, section: value}):
@@ -267,7 +267,7 @@ def test_compose_returns_an_experiment_or_a_refusal(tree: dict[str, Any], sectio
             assert "\n" not in str(refusal)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     variant=st.dictionaries(KEYS, VALUES, max_size=4),
     source=st.fixed_dictionaries({"kind": st.sampled_from(["embedded", "files", "hub"])}, optional={"paths": VALUES}),

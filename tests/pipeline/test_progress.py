@@ -238,7 +238,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD, JSON)) | JSON, min_size=1, max_size=3))
 def test_no_progress_file_breaks_the_display(files: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("progress") / "progress.json"

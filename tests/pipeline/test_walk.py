@@ -152,7 +152,7 @@ def test_any_other_error_at_the_start_ends_the_walk_and_frees_its_leases(tmp_pat
 
 # ---- identical variants
 
-TWINS = {"variants": {"a": {"lr": 1e-3}, "b": {"lr": 1e-3}}}
+TWINS = {"variants": {"a": {"lr": 1e-3}, "b": {"lr": 1e-3}}, "resources": {"pretrain": {"cpus": 1}}}
 
 
 @pytest.mark.parametrize("cpus", [2.0, 16.0])
