@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.experiment import Experiment, load_experiment, resolve_root
 from pipeline.lease import living_holder
@@ -86,7 +87,7 @@ def show_status(
         print(json.dumps({"root": str(root), "stages": rows}, indent=1))
         return
     if not rows:
-        console.print(f"nothing is stored below {root}", highlight=False, soft_wrap=True)
+        console.print(f"nothing is stored below {root}", highlight=False, markup=False, soft_wrap=True)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "state", "generation", "made", "took", "detail"):
@@ -94,7 +95,8 @@ def show_status(
     for row in rows:
         name = "/".join(part for part in (row["stage"], row["variant"]) if part)
         took = "" if row["seconds"] is None else f"{row['seconds']:.0f}s"
-        table.add_row(name, row["state"], row["generation"] or "", row["created"] or "", took, row["detail"])
+        cells = (name, row["state"], row["generation"] or "", row["created"] or "", took, row["detail"])
+        table.add_row(*map(Text, cells))  # a path with brackets is no markup
     console.print(table)
 
 
