@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def pretrain_on_workers(
     resources = PretrainResources.model_validate(task.resources)
     scratch = task.entry / "scratch"
     (scratch / RESULT).unlink(missing_ok=True)
+    # Ray Train silently resumes what it finds under an equal name; a dead attempt may have left it here.
+    shutil.rmtree(scratch / "ray_train", ignore_errors=True)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -47,7 +50,7 @@ def pretrain_on_workers(
             | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
         ),
         run_config=RunConfig(
-            name=f"{task.fingerprint[:12]}-{task.generation}",  # Ray Train silently resumes an equal name
+            name=f"{task.fingerprint[:12]}-{task.generation}",
             storage_path=str(scratch / "ray_train"),
             failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
         ),

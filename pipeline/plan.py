@@ -101,6 +101,10 @@ def decide(nodes: Mapping[str, Node], store: Store, selection: Selection, full_c
     forced = {node.id for node in nodes.values() if node.fingerprint in recipes}
     wanted = _with_ancestors(nodes, _select(nodes, selection.only, "--only")) if selection.only else set(nodes)
     explicit = _select(nodes, selection.only, "--only")
+    outside = sorted(asked - wanted)
+    if outside:
+        only = " ".join(f"--only {name}" for name in selection.only)
+        raise Refusal(f"--force or --from names {outside[0]}, which {only} leaves out; drop one of the two")
     plan: Plan = {}
     for node in nodes.values():
         plan[node.id] = _decide_one(node, store, plan, forced, full_check)

@@ -35,7 +35,7 @@ def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True
     File hashes are cached below the root, unless `write_cache` is false and nothing was written there yet.
     """
     cache = root / "cache" if write_cache or root.exists() else None
-    min_tokens = min(variant.pretrain.seq_len for variant in experiment.variants.values()) + 1
+    min_tokens = max(variant.pretrain.seq_len for variant in experiment.variants.values()) + 1
     config = pin(experiment.tokenize)
     summary = check_source(config, cache, min_tokens=min_tokens)
     pinned = experiment.model_copy(update={"tokenize": config})

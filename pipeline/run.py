@@ -15,6 +15,7 @@ from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import lease
 from pipeline.experiment import Experiment, resolve_root
@@ -205,13 +206,13 @@ def print_plan(plan: Plan, console: Console) -> None:
     for node_id, decision in plan.items():
         stored = decision.generation.id if decision.generation is not None else ""
         why = "; ".join(decision.reasons) or stored
-        table.add_row(node_id, f"[{styles[decision.action]}]{decision.action}[/]", why)
+        table.add_row(Text(node_id), Text(decision.action, styles[decision.action]), Text(why))
     console.print(table)
 
 
 def print_report(report: Generation | None, root: Path, console: Console) -> None:
     if report is None:
-        console.print(f"no report is stored below {root}", highlight=False, soft_wrap=True)
+        console.print(f"no report is stored below {root}", highlight=False, markup=False, soft_wrap=True)
         return
     columns, rows = terminal_rows(json.loads((report.path / "report.json").read_text(encoding="utf-8")))
     table = Table(header_style="bold")
@@ -220,12 +221,12 @@ def print_report(report: Generation | None, root: Path, console: Console) -> Non
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {report.path / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {report.path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_where_to_look(report: Generation | None, root: Path, uri: str, run_id: str, console: Console) -> None:
     where = f"lazypipe ui --root {root}" if uri.startswith("sqlite:") else uri
-    console.print(f"MLflow: {where}   (run {run_id})", highlight=False, soft_wrap=True)
+    console.print(f"MLflow: {where}   (run {run_id})", highlight=False, markup=False, soft_wrap=True)
     if report is not None:
         console.print("rerun one stage: lazypipe run CONFIG --force evaluate/VARIANT", highlight=False)
 
@@ -242,5 +243,5 @@ def print_failures(outcomes: dict[str, Outcome], console: Console) -> int:
         print(text, file=sys.stderr, flush=True)
     blocked = [i for i, o in outcomes.items() if o.state == "blocked"]
     if blocked:
-        console.print(f"blocked: {', '.join(blocked)}", highlight=False, soft_wrap=True)
+        console.print(f"blocked: {', '.join(blocked)}", highlight=False, markup=False, soft_wrap=True)
     return USER_ERROR if all(isinstance(o.error, Refusal) for o in failed.values()) else FAILED

@@ -168,7 +168,7 @@ class EvaluateConfig(StageConfig):
         min_length=1,
         description="perplexity is measured at each; beyond max_seq_len counts as extrapolation",
     )
-    max_tokens: int = Field(131_072, gt=0, description="validation tokens scored per context length, at most")
+    max_tokens: int = Field(65_536, gt=0, description="validation tokens scored per context length, at most")
     prompts: tuple[str, ...] = Field(
         ("The king", "My lord,", "Once upon a time"), description="each is continued greedily and by sampling"
     )

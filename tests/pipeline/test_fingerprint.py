@@ -73,7 +73,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
     },
     ("evaluate", 1): {
         "context_lengths": [64, 128, 256, 512],
-        "max_tokens": 131_072,
+        "max_tokens": 65_536,
         "max_new_tokens": 48,
         "temperature": 0.8,
         "prompts": ["The king", "My lord,", "Once upon a time"],

@@ -169,9 +169,9 @@ def test_terminal_table_ends_with_the_yardstick(two: tuple[Outputs, Path]) -> No
     columns, rows = terminal_rows(stored(two[1]))
     assert [row[0] for row in rows] == ["lazy", "standard", "(unigram)"]
     table = [dict(zip(columns, row, strict=True)) for row in rows]
-    assert table[0]["val loss"] == "4.310" and table[0]["zeros"] == "71.2 %" and table[0]["untrained"] == "60.0 %"
-    assert table[1]["zeros"] == "0 %" and table[1]["ppl@512"] == "91.00" and table[1]["params"] == "800,000"
-    assert table[2]["val loss"] == "5.500" and table[2]["zeros"] == "–"
+    assert table[0]["val loss"] == "4.310" and table[0]["sparsity"] == "71.2 %" and table[0]["untrained"] == "60.0 %"
+    assert table[1]["sparsity"] == "0 %" and table[1]["ppl@512"] == "91.00" and table[1]["params"] == "800,000"
+    assert table[2]["val loss"] == "5.500" and table[2]["sparsity"] == "–"
 
 
 def test_findings_follow_the_numbers(two: tuple[Outputs, Path]) -> None:
