@@ -100,7 +100,7 @@ def lazy_attention(
         out, stats = lazy_attention_reference(q, k, v, bias, tau, cu_seqlens, position_offset, scale)
     else:
         out, lse, mass, sparsity, mask = blockwise(q, k, v, bias, tau, cu_seqlens, position_offset, scale, return_stats)
-        stats = LazyStats(lse, mass, sparsity, mask, (BLOCK, BLOCK))
+        stats = LazyStats((lse * math.log(2.0)).float(), mass, sparsity, mask, (BLOCK, BLOCK))
     return (out, stats) if return_stats else out
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.tiles import CANDIDATES, DECODE_TILE, KERNELS, Tile, default_tile, fits, separate_outputs
+from kernels.tiles import CANDIDATES, KERNELS, Tile, decode_tile, default_tile, fits, separate_outputs
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use, per architecture
 # Machine instructions worth counting: tensor-core products, exponentials, loads, shared-memory traffic, arithmetic.
@@ -75,7 +75,9 @@ def cases_for(
             if kernel == "key" and separate_outputs(dim, wide):
                 variants = ["dk", "dv"]
             cases += [Case(kernel, dim, dtype, tile, arch, mask_tile, v) for tile in tiles for v in variants]
-        cases += [Case(kernel, dim, dtype, DECODE_TILE, arch, mask_tile, "decode") for kernel in ("scores", "values")]
+        cases += [
+            Case(kernel, dim, dtype, decode_tile(dim), arch, mask_tile, "decode") for kernel in ("scores", "values")
+        ]
     return cases
 
 
@@ -88,13 +90,8 @@ def _function_and_constants(case: Case) -> tuple[Any, dict[str, Any]]:
     if case.variant == "decode":
         from kernels.triton_decode import decode_scores_kernel, decode_values_kernel
 
-        sizes: dict[str, Any] = {
-            "D": case.head_dim,
-            "DP": case.head_dim,
-            "BR": 16,
-            "BN": case.tile.block_n,
-            "SPLITS": 64,
-        }
+        sizes: dict[str, Any] = {"D": case.head_dim, "DP": case.head_dim, "BR": 16, "BN": case.tile.block_n}
+        sizes["SPLITS"] = 64
         sizes |= {"PRECISION": "tf32x3" if case.dtype == "fp32" else "ieee"}
         return {"scores": decode_scores_kernel, "values": decode_values_kernel}[case.kernel], sizes
     tile, training = case.tile, case.variant != "inference"

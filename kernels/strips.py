@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.reference import document_starts
 
 BLOCK = 128
+LOG2_E = math.log2(math.e)
 # Most elements of one strip of scores: 1M float32 (4 MB) stays in a last-level cache together with the weights and
 # their gradient; at L = 256 smaller strips pay more for their calls than for their arithmetic.
 STRIP_ELEMENTS = 1 << 20
@@ -36,12 +37,13 @@ class Strip(NamedTuple):
 class Problem(NamedTuple):
     """The inputs in the layout and dtype the strips work in."""
 
-    q: Tensor  # [B, Hkv, group, Lq, D], scaled
-    k: Tensor  # [B * Hkv, Lk, D]
+    q: Tensor  # [B, Hkv, group, Lq, D + 1], times scale log2(e); the last column is -lse, or 0 before it is known
+    k: Tensor  # [B * Hkv, Lk, D + 1]; the last column is 1
     v: Tensor  # [B * Hkv, Lk, D]
-    band: Tensor  # [Hkv, group, BLOCK, W + BLOCK - 1]: bias, 0 beyond the window, -inf above the diagonal
+    band: Tensor  # [Hkv, group, BLOCK, W + BLOCK - 1]: log2(e) bias, 0 beyond the window, -inf above the diagonal
     token_count: Tensor  # n_i [Lq]
     thresholds: Tensor  # tau_h / n_i [Hkv, group, Lq, 1]
+    single: list[int]  # rows with n_i = 1
     first_key: Tensor | None  # [Lq] int64, first key of each row's document; None without packed documents
     position_offset: int
     some_tau_positive: bool
@@ -60,11 +62,16 @@ class Problem(NamedTuple):
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, cu_seqlens: Tensor | None, offset: int, scale: float
-) -> Problem:
-    """Casts to the compute dtype (float32, or float64 for float64 inputs) and cuts the work into strips."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, tau: Tensor, cu_seqlens: Tensor | None, offset: int, scale: float,
+    lse: Tensor | None = None,
+) -> Problem:  # fmt: skip
+    """Casts to the compute dtype (float32, or float64 for float64 inputs) and cuts the work into strips.
+
+    Scores are in log2 units: exp2 took a quarter of the time of exp. With `lse` [B, Hq, Lq] (log2 units, from the
+    forward) they come out of the product with it already subtracted, through one more column of q and k.
+    """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads_kv, key_len, _ = k.shape
+    batch, heads_kv, key_len, dim = k.shape
     query_len, group = q.shape[2], q.shape[1] // heads_kv
     shift = key_len - query_len
     token_count = torch.arange(shift + offset + 1, shift + offset + query_len + 1)
@@ -73,13 +80,20 @@ def prepare(
         first_key = document_starts(cu_seqlens, query_len)
         token_count = token_count - first_key
     counts = token_count.to(compute)
+    wide_q = torch.empty(*q.shape[:3], dim + 1, dtype=compute)
+    torch.mul(q, scale * LOG2_E, out=wide_q[..., :dim])
+    wide_q[..., dim] = 0.0 if lse is None else -lse
+    wide_k = torch.empty(batch * heads_kv, key_len, dim + 1, dtype=compute)
+    wide_k[..., :dim] = k.flatten(0, 1)
+    wide_k[..., dim] = 1.0
     return Problem(
-        q=torch.unflatten(q.to(compute) * scale, 1, (heads_kv, group)),
-        k=k.to(compute).contiguous().flatten(0, 1),
+        q=torch.unflatten(wide_q, 1, (heads_kv, group)),
+        k=wide_k,
         v=v.to(compute).contiguous().flatten(0, 1),
-        band=torch.unflatten(_band(bias, compute), 0, (heads_kv, group)),
+        band=torch.unflatten(_band(bias * LOG2_E, compute), 0, (heads_kv, group)),
         token_count=counts,
         thresholds=tau.to(compute).view(heads_kv, group, 1, 1) / counts[:, None],
+        single=(token_count == 1).nonzero().flatten().tolist(),
         first_key=first_key,
         position_offset=offset,
         some_tau_positive=bool((tau > 0).any()),
@@ -148,7 +162,7 @@ def carve(space: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
-    """Biased and masked scores [pairs, group * rows, keys], built in `space`."""
+    """Biased and masked scores [pairs, group * rows, keys] in log2 units, less lse where known, built in `space`."""
     scores = carve(space, (*rows_q.shape[:2], s.key1 - s.key0))
     torch.bmm(rows_q, p.k[s.pair0 : s.pair1, s.key0 : s.key1].mT, out=scores)
     covered, columns = band_columns(p, s)
@@ -162,11 +176,24 @@ def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
     return scores
 
 
-def strip_weights(p: Problem, s: Strip, probs: Tensor, run: tuple[int, int], space: Tensor) -> Tensor:
-    """a = max(p + tau / n, 0) (Elastic-Softmax) of the columns of one run, [pairs, group * rows, run], in `space`."""
+def strip_probs(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
+    """p [pairs, group * rows, keys] of a strip whose lse is known, built in `space`."""
+    probs = strip_scores(p, s, rows_q, space).exp2_()
+    for row in p.single:
+        if s.row0 <= row < s.row1:  # exactly 1: rounding would put it on either side of tau = -1
+            view5(p, s, probs)[..., row - s.row0, row + p.shift - s.key0] = 1.0
+    return probs
+
+
+def strip_weights(
+    p: Problem, s: Strip, probs: Tensor, thresholds: Tensor, run: tuple[int, int], space: Tensor
+) -> Tensor:
+    """a = max(p + tau / n, 0) (Elastic-Softmax) of the columns of one run, [pairs, group * rows, run], in `space`.
+
+    `thresholds` holds tau / n, by head and row; p and thresholds may share a factor per row, which a then has too.
+    """
     weights = carve(space, (*probs.shape[:2], run[1] - run[0]))
     by_head = view5(p, s, weights)
-    thresholds = p.thresholds[s.heads, :, s.row0 : s.row1]
     torch.add(view5(p, s, probs)[..., run[0] : run[1]], thresholds, out=by_head).relu_()
     if p.some_tau_positive:  # masked positions came out positive
         columns = torch.arange(s.key0 + run[0], s.key0 + run[1])
@@ -177,13 +204,13 @@ def strip_weights(p: Problem, s: Strip, probs: Tensor, run: tuple[int, int], spa
     return weights
 
 
-def active_blocks(p: Problem, s: Strip, probs: Tensor) -> Tensor:
-    """[batches, heads, group, key blocks] bool: some p + tau / n is positive. Exact: addition is monotone."""
-    whole = probs.shape[-1] // BLOCK * BLOCK
-    peaks = torch.unflatten(probs[..., :whole], -1, (-1, BLOCK)).amax(-1)
-    if whole < probs.shape[-1]:
-        peaks = torch.cat([peaks, probs[..., whole:].amax(-1, keepdim=True)], dim=-1)
-    return (view5(p, s, peaks) + p.thresholds[s.heads, :, s.row0 : s.row1] > 0).any(-2)
+def block_peaks(scores: Tensor) -> Tensor:
+    """Row maxima over each key block, [pairs, group * rows, key blocks]."""
+    whole = scores.shape[-1] // BLOCK * BLOCK
+    peaks = torch.unflatten(scores[..., :whole], -1, (-1, BLOCK)).amax(-1)
+    if whole < scores.shape[-1]:
+        peaks = torch.cat([peaks, scores[..., whole:].amax(-1, keepdim=True)], dim=-1)
+    return peaks
 
 
 def active_runs(active: Tensor, s: Strip) -> list[tuple[int, int]]:

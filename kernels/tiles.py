@@ -72,7 +72,6 @@ for _dim in (16, 32, 64):
 
 # Rows of a decode tile are the queries of a group, at most DECODE_ROWS; longer chunks go through the forward kernel.
 DECODE_ROWS = 64
-DECODE_TILE = Tile(16, 64, 4, 3)
 
 _forced: dict[str, Tile] = {}
 
@@ -95,6 +94,11 @@ def default_tile(kernel: str, padded: int, wide: bool, capability: int) -> Tile:
     """The default for a GPU of this major compute capability: 8 (mma) or 9 and later (wgmma)."""
     hopper = CANDIDATES[kernel, padded, wide][0]
     return AMPERE.get((kernel, padded, wide), hopper) if capability < 9 else hopper
+
+
+def decode_tile(padded: int) -> Tile:
+    """Rows are the queries of a group, padded to 16 or more; 64 keys a step, 32 at head_dim 256, where 64 spilled."""
+    return Tile(16, 32 if padded > 128 else 64, 4, 3)
 
 
 def separate_outputs(padded: int, wide: bool) -> bool:

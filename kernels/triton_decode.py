@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import DECODE_TILE, padded_dim
+from kernels.tiles import decode_tile, padded_dim
 from kernels.triton_blocks import product
 from kernels.triton_launch import LOG2_E, on_device, options, precision, rows_contiguous
 
@@ -124,7 +124,7 @@ def launch_decode(
     heads_kv, key_len = k.shape[1:3]
     group = heads // heads_kv
     rows = group * query_len
-    tile = DECODE_TILE
+    tile = decode_tile(padded_dim(dim))
     wanted = min(MOST_SPLITS, max(1, DECODE_PROGRAMS // (batch * heads_kv)), math.ceil(key_len / tile.block_n))
     keys_per_split = math.ceil(key_len / wanted / tile.block_n) * tile.block_n
     splits = math.ceil(key_len / keys_per_split)

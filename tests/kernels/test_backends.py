@@ -11,7 +11,7 @@ from tests.kernels.problems import SMALL_TILES, assert_matches_oracle, make_prob
 # bfloat16 rounds weights and ds to 8 bits before their products; float32 errors grow with the logits (spread 6).
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-slow = settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+slow = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 wide = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 
