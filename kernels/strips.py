@@ -81,7 +81,8 @@ def prepare(
         token_count = token_count - first_key
     counts = token_count.to(compute)
     wide_q = torch.empty(*q.shape[:3], dim + 1, dtype=compute)
-    torch.mul(q, scale * LOG2_E, out=wide_q[..., :dim])
+    wide_q[..., :dim] = q  # cast before scaling: a product of bfloat16 would be rounded to bfloat16
+    wide_q[..., :dim].mul_(scale * LOG2_E)
     wide_q[..., dim] = 0.0 if lse is None else -lse
     wide_k = torch.empty(batch * heads_kv, key_len, dim + 1, dtype=compute)
     wide_k[..., :dim] = k.flatten(0, 1)
