@@ -25,6 +25,7 @@ SOURCE = "tokenize.source={{kind: files, paths: ['{folder}/{name}']}}"
         ([SOURCE.format(folder="{tmp}", name="empty.txt")], "empty"),
         ([SOURCE.format(folder="{tmp}", name="torn.jsonl.gz")], "torn.jsonl.gz"),
         ([SOURCE.format(folder="{tmp}", name="other.parquet")], "text"),
+        (["--only", "tokenize", "--force", "pretrain/lazy"], "--only tokenize leaves out"),
         (["--only", "evaluat/lazy"], "did you mean 'evaluate/lazy'?"),
     ],
 )
