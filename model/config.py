@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from model.pattern import Pattern, check_pattern_name, standard_layers
 
 MIXERS: dict[str, str] = {
     "standard": "causal softmax attention with RoPE (Vaswani et al. 2017; Su et al. 2021)",
@@ -12,6 +14,8 @@ MIXERS: dict[str, str] = {
 }
 
 MixerName = Literal["standard", "lazy"]
+
+WITHOUT_ATTENTION: frozenset[str] = frozenset()  # mixers that have no attention weights to analyse
 
 
 class ModelConfig(BaseModel):
@@ -29,7 +33,12 @@ class ModelConfig(BaseModel):
         None, gt=0, description="width of the SwiGLU MLP; default: 8/3 hidden_size rounded up to a multiple of 32"
     )
     max_seq_len: int = Field(256, gt=0, description="context length in tokens the model is meant for")
-    mixer: MixerName = Field("standard", description="token mixer of every layer; `lazypipe variants` lists them")
+    mixer: MixerName = Field("standard", description="token mixer; `lazypipe variants` lists them")
+    pattern: Pattern = Field(
+        "uniform",
+        description="layers that keep standard attention instead of the mixer: a name, or a list counted from 1",
+    )
+    qk_norm: bool = Field(False, description="RMSNorm on each head of Q and K, before RoPE")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary position embedding")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the weight initialisation")
@@ -41,6 +50,11 @@ class ModelConfig(BaseModel):
         -1.0, description="lazy: initial Elastic-Softmax offset tau (paper: -1, cuts below-average weights)"
     )
     bias_init_std: float = Field(1e-3, ge=0, description="lazy: standard deviation of the initial distance bias")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern(cls, value: object) -> object:
+        return check_pattern_name(value)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -58,6 +72,7 @@ class ModelConfig(BaseModel):
                 f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
                 "every key/value head serves the same number of query heads"
             )
+        standard_layers(self.pattern, self.num_layers)
         return self
 
     @property
@@ -69,6 +84,12 @@ class ModelConfig(BaseModel):
         return self.num_kv_heads or self.num_heads
 
     @property
+    def layer_mixers(self) -> tuple[MixerName, ...]:
+        """The mixer of each layer, from the first."""
+        kept = standard_layers(self.pattern, self.num_layers)
+        return tuple("standard" if layer in kept else self.mixer for layer in range(1, self.num_layers + 1))
+
+    @property
     def mlp_size(self) -> int:
         if self.intermediate_size is not None:
             return self.intermediate_size
@@ -77,10 +98,18 @@ class ModelConfig(BaseModel):
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     """Number of parameters of `Transformer(config, vocab_size)`. A tied embedding counts once."""
-    hidden, kv_size = config.hidden_size, config.kv_heads * config.head_dim
-    mixer = 2 * hidden * hidden + 2 * hidden * kv_size
-    if config.mixer == "lazy":
-        mixer += config.num_heads * (config.max_bias_length + 1)
-    layer = mixer + 3 * hidden * config.mlp_size + 2 * hidden
+    hidden = config.hidden_size
+    mixers = sum(_mixer_parameters(config, mixer) for mixer in config.layer_mixers)
+    blocks = config.num_layers * (3 * hidden * config.mlp_size + 2 * hidden)
     embeddings = vocab_size * hidden * (1 if config.tie_embeddings else 2)
-    return embeddings + config.num_layers * layer + hidden
+    return embeddings + mixers + blocks + hidden
+
+
+def _mixer_parameters(config: ModelConfig, mixer: MixerName) -> int:
+    hidden, kv_size = config.hidden_size, config.kv_heads * config.head_dim
+    attention = 2 * hidden * hidden + 2 * hidden * kv_size + (2 * config.head_dim if config.qk_norm else 0)
+    match mixer:
+        case "lazy":
+            return attention + config.num_heads * (config.max_bias_length + 1)
+        case _:
+            return attention

@@ -6,28 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cache import DecodingState, KVCache
-from model.config import ModelConfig
+from model.cache import DecodingState, LayerCache
+from model.config import WITHOUT_ATTENTION, MixerName, ModelConfig
 from model.initialisation import initialise_weights
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from model.mixers import build_mixer
+from model.mixers import SideInputs, build_mixer
 from model.rope import Rope, rope_tables
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); x [B, L, hidden]."""
 
-    def __init__(self, config: ModelConfig, kernel: str) -> None:
+    def __init__(self, config: ModelConfig, mixer: MixerName, kernel: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = build_mixer(config, kernel)
+        self.mixer = build_mixer(config, mixer, kernel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), rope, cache)
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
+        x = x + self.mixer(self.mixer_input(x, side), rope, cache, side)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
+
+    def mixer_input(self, x: Tensor, side: SideInputs) -> Tensor:
+        """The normed x; the side inputs are made ready for the mixer too."""
+        if self.mixer.reads_embeddings:
+            side.normed_embeddings = self.mixer_norm(side.embeddings)
+        normed: Tensor = self.mixer_norm(x)
+        return normed
 
 
 class Transformer(nn.Module):
@@ -42,7 +49,7 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.embedding = Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, kernel) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, mixer, kernel) for mixer in config.layer_mixers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
         if self.embedding.weight.device.type != "meta":
@@ -53,9 +60,12 @@ class Transformer(nn.Module):
 
         With a cache from `new_cache`, the tokens continue those given before and the cache is extended.
         """
+        if cache is not None:
+            cache.check_room(tokens.shape[1])
         x, rope = self._embed(tokens, 0 if cache is None else cache.length)
+        side = SideInputs(x)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache.layers[index])
+            x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
             cache.length += tokens.shape[1]
         matrix = self.embedding.weight if self.head is None else self.head.weight
@@ -63,35 +73,41 @@ class Transformer(nn.Module):
 
     def new_cache(self, max_tokens: int) -> DecodingState:
         """An empty cache for decoding at most `max_tokens` tokens, the prompt included."""
-        return DecodingState([layer.mixer.new_cache(max_tokens) for layer in self._blocks()])
+        return DecodingState([layer.mixer.new_cache(max_tokens) for layer in self._blocks()], max_tokens)
 
     @torch.no_grad()
     def attention_rows(self, tokens: Tensor, query_block: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (layer, query_start, weights [B, H, rows, L] float32), layer by layer, `query_block` rows at a time.
 
-        The weights are those each layer really multiplies with V: exact zeros included, future positions 0.
+        The weights are those each layer really multiplies with V: exact zeros included, future positions 0. Layers
+        without attention weights (`attention_layers` lacks them) yield nothing.
         """
         x, rope = self._embed(tokens, 0)
+        side = SideInputs(x)
         for index, layer in enumerate(self._blocks()):
-            for start, weights in layer.mixer.attention_rows(layer.mixer_norm(x), rope, query_block):
+            for start, weights in layer.mixer.attention_rows(layer.mixer_input(x, side), rope, query_block, side) or ():
                 yield index, start, weights
-            x = layer(x, rope)
+            x = layer(x, rope, None, side)
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers, from 0, that have attention weights."""
+        return [index for index, name in enumerate(self.config.layer_mixers) if name not in WITHOUT_ATTENTION]
 
     @torch.no_grad()
-    def sparsity_by_layer(self, tokens: Tensor) -> list[float] | None:
-        """Share of exactly-zero attention weights of each layer on tokens [B, L]; None for mixers that have none.
+    def sparsity_by_layer(self, tokens: Tensor) -> list[float | None] | None:
+        """Share of exactly-zero attention weights of each layer on tokens [B, L], None for mixers that can have none.
 
-        Costs a forward pass with every attention computed twice.
+        None when no layer can have any. Costs a forward pass with every such attention computed twice.
         """
         x, rope = self._embed(tokens, 0)
-        shares = []
+        side = SideInputs(x)
+        shares: list[float | None] = []
         for layer in self._blocks():
-            share = layer.mixer.sparsity(layer.mixer_norm(x), rope)
-            if share is None:
-                return None
-            shares.append(float(share.mean()))
-            x = layer(x, rope)
-        return shares
+            share = layer.mixer.sparsity(layer.mixer_input(x, side), rope, side)
+            shares.append(None if share is None else float(share.mean()))
+            x = layer(x, rope, None, side)
+        return shares if any(share is not None for share in shares) else None
 
     def _blocks(self) -> Iterator[Block]:
         for layer in self.layers:

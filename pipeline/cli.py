@@ -193,14 +193,19 @@ def doctor(root: RootOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def variants(as_json: JsonOption = False) -> None:
-    """The attention mechanisms an experiment file can name."""
+    """The attention mechanisms and layer patterns an experiment file can name."""
     from model.config import MIXERS
+    from model.pattern import PATTERNS
 
     if as_json:
-        print(json.dumps(MIXERS, indent=1))
+        print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS}, indent=1))
         return
+    print("mixer: what takes the place of attention")
     for name, description in MIXERS.items():
-        print(f"{name:<10} {description}")
+        print(f"  {name:<14} {description}")
+    print("pattern: which layers keep standard attention (or a list of layers, counted from 1)")
+    for name, description in PATTERNS.items():
+        print(f"  {name:<14} {description}")
 
 
 def main() -> NoReturn:

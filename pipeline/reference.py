@@ -42,7 +42,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("tokenize.tokenizer, kind: train", TrainTokenizer, ""),
     ("tokenize.tokenizer, kind: file", FileTokenizer, ""),
     ("tokenize.tokenizer, kind: hub", HubTokenizer, ""),
-    ("model", ModelConfig, "A pre-norm decoder: RMSNorm, SwiGLU, RoPE. `lazypipe variants` lists the mixers."),
+    ("model", ModelConfig, "A pre-norm decoder: RMSNorm, SwiGLU, RoPE. `lazypipe variants` lists mixers and patterns."),
     ("pretrain", PretrainConfig, "AdamW, linear warm-up, cosine decay, gradient clipping and accumulation."),
     ("evaluate", EvaluateConfig, "Held-out loss and continuations."),
     ("sparsity", SparsityConfig, "The attention weights on held-out text."),

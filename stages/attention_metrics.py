@@ -135,11 +135,14 @@ def causal_rows(weights: Tensor, query_start: int) -> Rows:
     return Rows(weights[..., :query_end].double(), key_at <= query_at, (query_at + 1).double())
 
 
-def measure_windows(blocks: Iterable[tuple[int, int, Tensor]]) -> dict[str, NDArray[np.float64]]:
+def measure_windows(
+    blocks: Iterable[tuple[int, int, Tensor]], layers: Sequence[int] | None = None
+) -> dict[str, NDArray[np.float64]]:
     """Every metric of a batch of B windows of L tokens, as float64 [layers, B, H].
 
     blocks: (layer, query_start, weights [B, H, rows, L]) as `Transformer.attention_rows` yields them, each row of each
-    layer once, layers numbered from 0. NaN where a metric is not defined (the row entropy of a head without any mass).
+    layer once. layers: the numbers of the layers that have weights, all from 0 on when None. NaN where a metric is not
+    defined (the row entropy of a head without any mass).
     Raises ValueError when rows are missing or when weights are negative, infinite or NaN.
     """
     sums: dict[int, dict[str, Sums]] = {}
@@ -160,10 +163,12 @@ def measure_windows(blocks: Iterable[tuple[int, int, Tensor]]) -> dict[str, NDAr
             layer_sums[name] = tuple(old + new for old, new in zip(before, block_sums, strict=True))
         rows_seen[layer] = rows_seen.get(layer, 0) + weights.shape[2]
     missing = {layer: seen for layer, seen in rows_seen.items() if seen != length}
-    if missing or sorted(sums) != list(range(len(sums))) or not sums:
-        raise ValueError(f"expected {length} query rows from each layer 0, 1, ...; got {rows_seen} (layer: rows)")
+    expected = list(range(len(sums)) if layers is None else layers)
+    if missing or sorted(sums) != expected or not sums:
+        which = "0, 1, ..." if layers is None else f"of {expected}"
+        raise ValueError(f"expected {length} query rows from each layer {which}; got {rows_seen} (layer: rows)")
     return {
-        name: np.stack([finish(*sums[layer][name]).double().cpu().numpy() for layer in range(len(sums))])
+        name: np.stack([finish(*sums[layer][name]).double().cpu().numpy() for layer in expected])
         for name, (_, finish) in METRICS.items()
     }
 

@@ -76,6 +76,8 @@ def by_layer(series: Sequence[LayerSeries], title: str, quantity: str, top: floa
     for index, one in enumerate(series):
         style = series_style(index)
         layers = np.arange(len(one.values))
+        if not np.isfinite(one.values).any():
+            continue  # a model without attention weights; the others keep their colours
         shift = 0.06 * (index - (len(series) - 1) / 2)  # dots of several models stand side by side
         for head in range(one.values.shape[1] if show_heads else 0):
             axes.plot(layers + shift, one.values[:, head], linestyle="", markersize=3.5, alpha=0.45, mew=0, **style)
@@ -88,7 +90,7 @@ def by_layer(series: Sequence[LayerSeries], title: str, quantity: str, top: floa
     if any(one.untrained is not None for one in series):
         handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.6, label="before training"))
     axes.set(title=title, xlabel="layer", ylabel=quantity)
-    highest = top or axes.dataLim.y1 or 1.0
+    highest = top or (axes.dataLim.y1 if np.isfinite(axes.dataLim.y1) else 0.0) or 1.0
     axes.set_ylim(-0.03 * highest, 1.05 * highest)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _tidy(axes)
@@ -177,16 +179,19 @@ def attention_heat_map(weights: Array, layer: int, heads: Sequence[int], window_
 
 
 def tau_heat_map(tau: Array, tau_init: float) -> Figure:
-    """tau [layers, H] around its initial value: white has not moved, red keeps more weights, blue cuts more."""
+    """tau [layers, H] around its initial value: white has not moved, red keeps more weights, blue cuts more.
+
+    Layers of NaN, which have no tau, stay empty.
+    """
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = tau.shape
     figure = new_figure(min(3.6 + 0.75 * heads, 14), min(2.0 + 0.5 * layers, 14))
     axes = figure.add_subplot()
-    reach = max(float(np.abs(tau - tau_init).max()), 1e-6)
+    reach = max(float(np.nanmax(np.abs(tau - tau_init))), 1e-6)
     image = axes.imshow(tau, cmap="RdBu_r", vmin=tau_init - reach, vmax=tau_init + reach, aspect="auto")
     if tau.size <= 400:
-        for layer, head in np.ndindex(tau.shape):
+        for layer, head in np.argwhere(np.isfinite(tau)):
             strong = abs(tau[layer, head] - tau_init) > 0.6 * reach
             axes.text(
                 head, layer, f"{tau[layer, head]:.3f}", ha="center", va="center", fontsize=8,
@@ -201,10 +206,14 @@ def tau_heat_map(tau: Array, tau_init: float) -> Figure:
 
 
 def bias_curves(bias: Array) -> Figure:
-    """Distance bias [layers, H, W]: a panel per layer, a line per head; distance grows logarithmically from 1."""
+    """Distance bias [layers, H, W]: a panel per layer, a line per head; distance grows logarithmically from 1.
+
+    Layers of NaN, which have no bias, get no panel.
+    """
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    layers, heads, window = bias.shape
+    learned = [layer for layer in range(len(bias)) if np.isfinite(bias[layer]).any()]
+    layers, (heads, window) = len(learned), bias.shape[1:]
     columns = min(layers, 4 if layers <= 16 else 6)
     rows = -(-layers // columns)
     figure = new_figure(1.8 + 2.6 * columns, 0.9 + 2.3 * rows)
@@ -214,7 +223,7 @@ def bias_curves(bias: Array) -> Figure:
     for panel in panels.flat[layers:]:
         panel.set_axis_off()
     handles: list[Any] = []
-    for layer, axes in zip(range(layers), panels.flat, strict=False):
+    for layer, axes in zip(learned, panels.flat, strict=False):
         axes.axhline(0, color=GREY, linewidth=0.8)
         lines = [
             axes.plot(distance, curve, linewidth=1.1, color=colour, marker="o" if window == 1 else None)[0]

@@ -153,7 +153,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "nonfinite_steps": state.nonfinite_steps,
             "threads": torch.get_num_threads(),
             "device": device.type,
-            "kernel": config.kernel if config.model.mixer == "lazy" else "sdpa",
+            "kernel": {"lazy": config.kernel, "standard": "sdpa"}.get(config.model.mixer, "torch"),
             "world_size": context.world_size,
         },
     )
@@ -263,7 +263,7 @@ def lazy_numbers(
     if numbers and (validate or step % (SPARSITY_EVERY * config.log_every) == 0):
         sample = np.stack([read_window(shards, config.seq_len, w)[:-1] for w in windows[:SPARSITY_WINDOWS]])
         shares = model.sparsity_by_layer(torch.from_numpy(sample).to(model.embedding.weight.device))
-        numbers |= {f"sparsity/layer_{index}": share for index, share in enumerate(shares or [])}
+        numbers |= {f"sparsity/layer_{index}": share for index, share in enumerate(shares or []) if share is not None}
     return numbers
 
 

@@ -135,7 +135,7 @@ def variant_row(variant: Variant) -> dict[str, Any]:
     config = pretrain.manifest.get("config", {})
     row: dict[str, Any] = {
         "variant": variant.name,
-        "mixer": sparsity.facts.get("mixer"),
+        "mixer": mixer_and_pattern(sparsity.facts),
         "parameters": pretrain.facts.get("parameters"),
         "non_embedding_parameters": pretrain.facts.get("non_embedding_parameters"),
         "steps": pretrain.facts.get("steps"),
@@ -150,6 +150,14 @@ def variant_row(variant: Variant) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
+
+
+def mixer_and_pattern(facts: Mapping[str, Any]) -> str | None:
+    """'lazy', or for a hybrid 'lazy, standard in even' and 'lazy, standard in 1 4'; of a standard model 'standard'."""
+    mixer, pattern = facts.get("mixer"), facts.get("pattern", "uniform")
+    if mixer in (None, "standard") or pattern == "uniform":
+        return None if mixer is None else str(mixer)
+    return f"{mixer}, standard in {pattern if isinstance(pattern, str) else ' '.join(map(str, pattern))}"
 
 
 def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Context) -> None:

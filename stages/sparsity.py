@@ -3,7 +3,8 @@
 Windows of `seq_len` tokens, evenly spread over the validation split, go through the model one at a time; at most
 [H, query_block, seq_len] weights exist at once. The untrained model of the same architecture and seed goes through the
 same windows and the same code: random scores under tau = -1 are already 50 to 69 % exact zeros, so a sparsity means
-little without that number beside it. A window is a stretch of the packed token stream; it may hold a document border,
+little without that number beside it. A layer without attention weights (mlp) has nulls in the tables, no picture, and
+no part in the means. A window is a stretch of the packed token stream; it may hold a document border,
 as in training.
 """
 
@@ -22,7 +23,7 @@ from model.checkpoint import load_checkpoint
 from model.mixers.lazy import LazyAttention
 from model.transformer import Transformer
 from stages import pictures
-from stages.attention_metrics import average_windows, measure_windows
+from stages.attention_metrics import METRICS, average_windows, measure_windows
 from stages.batches import read_window, validation_windows
 from stages.configs import PretrainConfig, SparsityConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
@@ -31,7 +32,7 @@ from stages.shards import TokenShards
 HEAT_MAP_TOKENS = 256  # a picture of more tokens than pixels would have to merge weights, zeros among them
 
 Array = NDArray[Any]
-HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H]
+HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H], NaN in layers without attention weights
 
 
 def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
@@ -69,18 +70,19 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
 
     taus, biases = lazy_parameters(model)
     _log_tables(context, trained, before, taus)
-    _log_pictures(context, trained, before, maps, heads, config.seq_len)
+    if model.attention_layers:
+        _log_pictures(context, trained, before, {layer: maps[layer] for layer in model.attention_layers}, heads, config)
     metrics = summary(trained, before)
     if taus is not None and biases is not None:
         tau_init = model.config.tau_init
         _, initial_biases = lazy_parameters(untrained)
         metrics |= {
-            "tau_mean": float(taus.mean()),
-            "tau_min": float(taus.min()),
-            "tau_max": float(taus.max()),
-            "tau_moved": float(np.abs(taus - tau_init).max()),
-            "bias_max": float(np.abs(biases).max()),
-            "bias_moved": float(np.abs(biases - initial_biases).max()),
+            "tau_mean": float(np.nanmean(taus)),
+            "tau_min": float(np.nanmin(taus)),
+            "tau_max": float(np.nanmax(taus)),
+            "tau_moved": float(np.nanmax(np.abs(taus - tau_init))),
+            "bias_max": float(np.nanmax(np.abs(biases))),
+            "bias_moved": float(np.nanmax(np.abs(biases - initial_biases))),
         }
         context.log_figure("tau_heat_map", pictures.tau_heat_map(taus, tau_init))
         context.log_figure("bias_curves", pictures.bias_curves(biases))
@@ -92,6 +94,8 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
         "untrained_seed": seed,
         "heat_map_heads": heads,
         "mixer": model.config.mixer,
+        "pattern": model.config.model_dump(mode="json")["pattern"],
+        "attention_layers": model.attention_layers,
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
@@ -106,23 +110,31 @@ def measure_model(
     context: Context,
     windows_before: int,
 ) -> HeadMetrics:
-    """Every attention metric [layers, H], averaged over the windows; `windows_before` counts another model's."""
-    device = model.embedding.weight.device
+    """Every attention metric [layers, H], averaged over the windows, NaN where a layer has no attention weights.
+
+    `windows_before` counts another model's.
+    """
+    device, layers = model.embedding.weight.device, model.attention_layers
+    measured = {name: np.full((model.config.num_layers, model.config.num_heads), np.nan) for name in METRICS}
     per_window = []
     for index, window in enumerate(windows):
         if context.stop_requested:
             raise Interrupted(f"stopped after {windows_before + index} of {2 * len(windows)} windows")
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
             tokens = _window_tokens(shards, window, config, device)
-            per_window.append(measure_windows(model.eval().attention_rows(tokens, config.query_block)))
+            if layers:
+                per_window.append(measure_windows(model.eval().attention_rows(tokens, config.query_block), layers))
         context.progress(windows_before + index + 1, 2 * len(windows), "windows")
-    return average_windows(per_window)
+    if per_window:
+        for name, values in average_windows(per_window).items():
+            measured[name][layers] = values
+    return measured
 
 
 def attention_maps(model: Transformer, tokens: Tensor, heads: list[int], config: SparsityConfig) -> Array:
     """Weights of `heads` among the first T <= 256 of tokens [1, L], float32 [layers, len(heads), T, T].
 
-    Attention is causal: cutting the window there changes none of these weights.
+    Attention is causal: cutting the window there changes none of these weights. Zeros in layers without any.
     """
     shown = tokens[:, :HEAT_MAP_TOKENS]
     maps = np.zeros((model.config.num_layers, len(heads), shown.shape[1], shown.shape[1]), dtype=np.float32)
@@ -138,13 +150,17 @@ def chosen_heads(num_heads: int, count: int) -> list[int]:
 
 
 def lazy_parameters(model: Transformer) -> tuple[Array, Array] | tuple[None, None]:
-    """(tau [layers, H], bias [layers, H, W]) as float64, or (None, None) when the mixer has neither."""
+    """(tau [layers, H], bias [layers, H, W]) as float64, NaN in a hybrid's other layers; (None, None) without lazy."""
     mixers = [layer.get_submodule("mixer") for layer in model.layers]
-    lazy = [mixer for mixer in mixers if isinstance(mixer, LazyAttention)]
-    if len(lazy) < len(mixers):
+    lazy = {index: mixer for index, mixer in enumerate(mixers) if isinstance(mixer, LazyAttention)}
+    if not lazy:
         return None, None
-    taus = np.stack([mixer.tau.detach().double().cpu().numpy() for mixer in lazy])
-    biases = np.stack([mixer.bias.detach().double().cpu().numpy() for mixer in lazy])
+    config = model.config
+    taus = np.full((config.num_layers, config.num_heads), np.nan)
+    biases = np.full((*taus.shape, config.max_bias_length), np.nan)
+    for index, mixer in lazy.items():
+        taus[index] = mixer.tau.detach().double().cpu().numpy()
+        biases[index] = mixer.bias.detach().double().cpu().numpy()
     return taus, biases
 
 
@@ -152,6 +168,7 @@ def summary(trained: HeadMetrics, before: HeadMetrics) -> dict[str, float]:
     """Every metric averaged over layers and heads, the untrained sparsity, and sparsity and sink of each layer."""
     means = {name: _mean(values) for name, values in trained.items()}
     means["untrained_sparsity"] = _mean(before["sparsity"])
+    # The layers without attention weights are left out, of the means and here.
     for name in ("sparsity", "sink"):
         for layer, values in enumerate(trained[name]):
             means[f"{name}/layer_{layer}"] = _mean(values)
@@ -187,7 +204,12 @@ def _log_tables(context: Context, trained: HeadMetrics, before: HeadMetrics, tau
 
 
 def _log_pictures(
-    context: Context, trained: HeadMetrics, before: HeadMetrics, maps: Array, heads: list[int], seq_len: int
+    context: Context,
+    trained: HeadMetrics,
+    before: HeadMetrics,
+    maps: Mapping[int, Array],
+    heads: list[int],
+    config: SparsityConfig,
 ) -> None:
     series = {
         name: [pictures.LayerSeries("mean over heads", trained[name], before[name])] for name in ("sparsity", "sink")
@@ -195,8 +217,9 @@ def _log_pictures(
     context.log_figure("sparsity_by_layer", pictures.sparsity_by_layer(series["sparsity"]))
     context.log_figure("sink_by_layer", pictures.sink_by_layer(series["sink"]))
     if heads:
-        for layer, weights in enumerate(maps):
-            context.log_figure(f"attention_layer_{layer}", pictures.attention_heat_map(weights, layer, heads, seq_len))
+        for layer, weights in maps.items():
+            figure = pictures.attention_heat_map(weights, layer, heads, config.seq_len)
+            context.log_figure(f"attention_layer_{layer}", figure)
 
 
 def _window_tokens(shards: TokenShards, window: int, config: SparsityConfig, device: torch.device) -> Tensor:

@@ -1,14 +1,16 @@
 """The token mixers by name. One file each; `model.config.MIXERS` holds their descriptions, free of torch."""
 
-from model.config import ModelConfig
-from model.mixers.interface import TokenMixer
+from model.config import MixerName, ModelConfig
+from model.mixers.interface import SideInputs, TokenMixer
 from model.mixers.lazy import LazyAttention
 from model.mixers.standard import StandardAttention
 
+__all__ = ["SideInputs", "TokenMixer", "build_mixer"]
 
-def build_mixer(config: ModelConfig, kernel: str = "auto") -> TokenMixer:
-    """The token mixer `config.mixer` of one layer, uninitialised. `kernel` is the backend of Lazy Attention."""
-    match config.mixer:
+
+def build_mixer(config: ModelConfig, mixer: MixerName, kernel: str = "auto") -> TokenMixer:
+    """The token mixer of one layer by name, uninitialised. `kernel` is the backend of Lazy Attention."""
+    match mixer:
         case "standard":
             return StandardAttention(config)
         case "lazy":

@@ -2,49 +2,70 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from model.cache import KVCache
+from model.cache import KVCache, LayerCache
 from model.config import ModelConfig
-from model.layers import Linear
+from model.layers import Linear, RMSNorm
 from model.rope import Rope, apply_rope
+
+
+@dataclass
+class SideInputs:
+    """What a layer may read beside its own input. One object per pass through the stack, updated layer by layer.
+
+    embeddings         [B, L, hidden] token embeddings of the input
+    normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
+    values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first
+    """
+
+    embeddings: Tensor
+    normed_embeddings: Tensor | None = None
+    values: Tensor | None = None
 
 
 class TokenMixer(nn.Module):
     """Mixes information between positions, causally. x is the normed layer input [B, L, hidden].
 
-    `rope` holds the tables of exactly the L positions of x. The projection back into the residual stream is a Linear
-    named `o_proj` (its initialisation is scaled down with depth).
+    `rope` holds the tables of exactly the L positions of x; `side` may be left out where a mixer reads nothing of it.
+    The projection back into the residual stream is a Linear named `o_proj`, or `down_proj` in a mixer that is an MLP
+    (their initialisation is scaled down with depth).
     """
 
+    reads_embeddings: ClassVar[bool] = False
+
     @abstractmethod
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
         """[B, L, hidden]. With a cache, x continues the tokens the cache has seen, and is added to it."""
 
     @abstractmethod
-    def new_cache(self, max_tokens: int) -> KVCache:
+    def new_cache(self, max_tokens: int) -> LayerCache:
         """An empty decoding cache with room for `max_tokens` tokens."""
 
     @abstractmethod
-    def attention_rows(self, x: Tensor, rope: Rope, query_block: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (query_start, weights [B, H, rows, L] float32) from the first query to the last.
+    def attention_rows(
+        self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
+    ) -> Iterator[tuple[int, Tensor]] | None:
+        """Yield (query_start, weights [B, H, rows, L] float32) from the first query to the last; None without weights.
 
         The weights are those multiplied with V: exact zeros included, future positions 0. At most `query_block` rows
         exist at a time.
         """
 
-    def sparsity(self, x: Tensor, rope: Rope) -> Tensor | None:  # noqa: ARG002
+    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:  # noqa: ARG002
         """Share of exactly-zero weights among all (query, visible key) pairs, [H] float32; None where none can be."""
         return None
 
 
-class AttentionMixer(TokenMixer):
-    """Multi-head attention around two functions a subclass gives: the output of all queries, the weights of a few.
+class ProjectedMixer(TokenMixer):
+    """The projections multi-head mixers share: queries, keys and values of the heads, and the way back.
 
     Grouped-query attention when config.kv_heads < config.num_heads: query head h reads key/value head
-    h // (num_heads / kv_heads).
+    h // (num_heads / kv_heads). With config.qk_norm, each head of Q and of K goes through an RMSNorm before RoPE.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -55,6 +76,39 @@ class AttentionMixer(TokenMixer):
         self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def unrotated(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, L, D] and keys [B, Hkv, L, D] of source [B, L, hidden], normed if configured, before RoPE."""
+        q = self._heads(self.q_proj(source), self.num_heads)
+        k = self._heads(self.k_proj(source), self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k
+
+    def new_values(self, x: Tensor, side: SideInputs | None = None) -> Tensor:
+        """Values [B, Hkv, L, D] of x, left in `side` for the layers above."""
+        v = self._heads(self.v_proj(x), self.kv_heads)
+        if side is not None:
+            side.values = v.detach()
+        return v
+
+    def project(self, heads: Tensor) -> Tensor:
+        """Head outputs [B, H, L, D] back into the residual stream, [B, L, hidden]."""
+        out: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
+        return out
+
+    def per_query_head(self, x: Tensor) -> Tensor:
+        """Keys or values [B, Hkv, L, D] as every query head sees them, [B, H, L, D]."""
+        return x if self.kv_heads == self.num_heads else x.repeat_interleave(self.num_heads // self.kv_heads, dim=1)
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
+
+
+class AttentionMixer(ProjectedMixer):
+    """Multi-head attention around two functions a subclass gives: the output of all queries, the weights of a few."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,37 +118,42 @@ class AttentionMixer(TokenMixer):
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """The weights [B, H, Lq, Lk] float32 that `attend` multiplies with V."""
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None = None) -> Tensor:
-        q, k = self.queries_and_keys(x, rope)
-        v = self._heads(self.v_proj(x), self.kv_heads)
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
+        q, k = self.queries_and_keys(x, rope, side)
+        v = self.new_values(x, side)
         if cache is not None:
+            assert isinstance(cache, KVCache)
             k, v = cache.append(k, v)
-        out: Tensor = self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
-        return out
+        return self.project(self.attend(q, k, v))
 
-    def new_cache(self, max_tokens: int) -> KVCache:
+    def new_cache(self, max_tokens: int) -> LayerCache:
         return KVCache(max_tokens)
 
-    def attention_rows(self, x: Tensor, rope: Rope, query_block: int) -> Iterator[tuple[int, Tensor]]:
-        q, k = self.queries_and_keys(x, rope)
+    def attention_rows(
+        self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
+    ) -> Iterator[tuple[int, Tensor]] | None:
+        return self._rows(*self.queries_and_keys(x, rope, side), query_block)
+
+    def _rows(self, q: Tensor, k: Tensor, query_block: int) -> Iterator[tuple[int, Tensor]]:
         length = q.shape[2]
         for start in range(0, length, query_block):
             end = min(start + query_block, length)
             weights = self.weights(q[:, :, start:end], k[:, :, :end])
             yield start, nn.functional.pad(weights, (0, length - end))
 
-    def queries_and_keys(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Rotated queries [B, H, L, D] and keys [B, Hkv, L, D]."""
-        q = self._heads(self.q_proj(x), self.num_heads)
-        k = self._heads(self.k_proj(x), self.kv_heads)
+    def queries_and_keys(
+        self,
+        x: Tensor,
+        rope: Rope,
+        side: SideInputs | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries [B, H, L, D] and keys [B, Hkv, L, D]. They read x; a subclass may read `side` instead."""
+        q, k = self.unrotated(x)
         return apply_rope(q, rope), apply_rope(k, rope)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """q . k / sqrt(D) in float32, autocast or not, [B, H, Lq, Lk], before any mask."""
-        keys = k.float().repeat_interleave(self.num_heads // self.kv_heads, dim=1)
+        keys = self.per_query_head(k.float())
         with torch.autocast(q.device.type, enabled=False):
             scores: Tensor = (q.float() * self.scale) @ keys.transpose(-1, -2)
         return scores
-
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)

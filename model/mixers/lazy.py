@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kernels import lazy_attention
 from model.config import ModelConfig
-from model.mixers.interface import AttentionMixer
+from model.mixers.interface import AttentionMixer, SideInputs
 from model.mixers.standard import visible
 from model.rope import Rope
 
@@ -38,8 +38,8 @@ class LazyAttention(AttentionMixer):
         # A tau above zero would lift the future too, so the mask comes after the max.
         return torch.relu(probs + self.tau[:, None, None] / (position + 1)).masked_fill(~mask, 0.0)
 
-    def sparsity(self, x: Tensor, rope: Rope) -> Tensor:
-        q, k = self.queries_and_keys(x, rope)
+    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
+        q, k = self.queries_and_keys(x, rope, side)
         v = self._heads(self.v_proj(x), self.kv_heads)
         _, stats = lazy_attention(
             q, k, v, self.bias, self.tau, scale=self.scale, backend=self.kernel, return_stats=True

@@ -48,6 +48,8 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "model.intermediate_size": None,
         "model.max_seq_len": 256,
         "model.mixer": "standard",
+        "model.pattern": "uniform",
+        "model.qk_norm": False,
         "model.rope_theta": 10_000.0,
         "model.norm_eps": 1e-6,
         "model.init_std": 0.02,

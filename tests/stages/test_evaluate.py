@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
-from model.config import MIXERS
 from stages import evaluate, pretrain
 from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Interrupted, Outputs, Refusal
@@ -20,6 +19,7 @@ from stages.token_bytes import byte_scale, token_byte_counts
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 
 SEQ_LEN, MAX_SEQ_LEN = 32, 64
+MIXERS = ("standard", "lazy")  # tests/stages/test_mechanisms.py decodes with them all
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load_checkpoint
-from model.config import MIXERS
 from model.loss import next_token_loss
 from model.transformer import Transformer
 from stages import pretrain
@@ -22,6 +21,8 @@ from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
 from tests.stages.toy_training import context_in, metric_lines, start_process, tiny_run, toy_corpus
+
+MIXERS = ("standard", "lazy")  # with thresholds and without; tests/stages/test_mechanisms.py trains them all
 
 
 @pytest.fixture(scope="module")

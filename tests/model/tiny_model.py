@@ -1,0 +1,31 @@
+"""Models small enough for every test, random enough for a mistake to show."""
+
+import torch
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+VOCAB = 61
+
+
+def tiny(mixer: str, **fields: object) -> ModelConfig:
+    """Two layers, four heads, W = 8: lengths beyond W and beyond max_seq_len are short."""
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 32, "max_bias_length": 8}
+    return ModelConfig.model_validate({**shape, "mixer": mixer, **fields})
+
+
+def awake(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model whose logits, biases and thresholds are far from flat."""
+    model = Transformer(config, VOCAB, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("tau"):
+                parameter.uniform_(-1.0, 0.3, generator=generator)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def some_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
