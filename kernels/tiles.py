@@ -40,7 +40,7 @@ CANDIDATES["key", 128, False] = (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64
 CANDIDATES["bias", 128, False] = (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
 CANDIDATES["forward", 256, False] = (Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 2))
 CANDIDATES["query", 256, False] = (Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 2))
-CANDIDATES["key", 256, False] = (Tile(32, 64, 8, 1), Tile(64, 64, 8, 1))
+CANDIDATES["key", 256, False] = (Tile(16, 64, 8, 1), Tile(32, 64, 8, 1))
 CANDIDATES["bias", 256, False] = (Tile(64, 64, 8, 1), Tile(64, 64, 4, 1))
 for _dim in (16, 32, 64):
     CANDIDATES["forward", _dim, True] = (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2))
