@@ -95,14 +95,16 @@ class Entry:
     def _generations(self) -> list[Path]:
         return sorted(p for p in self.path.glob("g*") if re.fullmatch("g[0-9]{4,}", p.name) and p.is_dir())
 
+    def uncommitted(self) -> list[Path]:
+        """Directories of generations without a manifest: of a running execution, or left behind by a crash."""
+        return [directory for directory in self._generations() if not (directory / MANIFEST).exists()]
+
     def sweep(self) -> list[str]:
         """Remove generations that were never committed; returns their names. Call it with the lease held."""
-        swept = []
-        for directory in self._generations():
-            if not (directory / MANIFEST).exists():
-                shutil.rmtree(directory)
-                swept.append(directory.name)
-        return swept
+        leftovers = self.uncommitted()
+        for directory in leftovers:
+            shutil.rmtree(directory)
+        return [directory.name for directory in leftovers]
 
     def open_scratch(self, input_generations: Mapping[str, str], fresh: bool) -> Path:
         """The scratch directory, emptied when `fresh` or when it was filled from other input generations."""

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.tracking_uri import first_touch
 MAX_ARTIFACT_BYTES = 64 * 2**20  # larger files stay in the store and are linked by path
 LINKED_SUFFIXES = (".arrow",)  # token shards: data, not results
 EXPERIMENT_FILE = "experiment.yaml"
+METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -170,24 +171,25 @@ class Tracker:
     # ---- a stage's run
 
     def open_child(
-        self, node: Node, scratch: Path, metrics_file: Path, generation: str, rerun_of: str | None
+        self, node: Node, scratch: Path, output_dir: Path, leftovers: Sequence[Path], rerun_of: str | None
     ) -> ChildRun:
         """Create the stage's run, or take up the one its interrupted execution logged to.
 
-        When the server does not answer, the stage runs all the same, with a ChildRun without an id that logs nothing.
+        `leftovers` are half-written generations: a killed driver may not have logged all they report. When
+        the server does not answer, the stage runs all the same, with a ChildRun without an id that logs nothing.
         """
-        child = ChildRun("", metrics_file)
+        child = ChildRun("", output_dir / METRICS)
 
         def create() -> None:
             nonlocal child
-            child = self._open_child(node, scratch, metrics_file, generation, rerun_of)
+            child = self._open_child(node, scratch, output_dir, leftovers, rerun_of)
 
         if not self._safely(create):
             print(f"warning: {node.id} runs without an MLflow run; its metrics stay in the store", file=sys.stderr)
         return child
 
     def _open_child(
-        self, node: Node, scratch: Path, metrics_file: Path, generation: str, rerun_of: str | None
+        self, node: Node, scratch: Path, output_dir: Path, leftovers: Sequence[Path], rerun_of: str | None
     ) -> ChildRun:
         attempt = scratch / "attempt.json"
         tags = {
@@ -196,7 +198,7 @@ class Tracker:
             "lazypipe.stage": node.stage,
             "lazypipe.variant": node.variant or "",
             "lazypipe.fingerprint": node.fingerprint,
-            "lazypipe.generation": f"{node.stage}/{node.fingerprint[:12]}/{generation}",
+            "lazypipe.generation": f"{node.stage}/{node.fingerprint[:12]}/{output_dir.name}",
             "lazypipe.pipeline": self._pipeline,
             "mlflow.source.name": self._me.command,
             "mlflow.source.type": "LOCAL",
@@ -205,10 +207,12 @@ class Tracker:
         }
         if rerun_of is not None:
             tags["lazypipe.rerun_of"] = rerun_of
-        child = self._resume_child(attempt, tags, metrics_file)
-        if child is None:
+        child = self._resume_child(attempt, tags, leftovers)
+        if child is not None:
+            child.metrics_file, child.offset = output_dir / METRICS, 0
+        else:
             run = self.client.create_run(self.experiment_id, tags=tags, run_name=node.id)
-            child = ChildRun(run.info.run_id, metrics_file)
+            child = ChildRun(run.info.run_id, output_dir / METRICS)
             params = flatten(node.config.model_dump(mode="json"))
             params |= {"stage": node.stage, "experiment": self.experiment.name}
             if node.variant is not None:
@@ -217,7 +221,8 @@ class Tracker:
         attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
         return child
 
-    def _resume_child(self, attempt: Path, tags: Mapping[str, str], metrics_file: Path) -> ChildRun | None:
+    def _resume_child(self, attempt: Path, tags: Mapping[str, str], leftovers: Sequence[Path]) -> ChildRun | None:
+        """The run of the interrupted execution, caught up with what that execution reported, or None."""
         from mlflow.entities import RunTag
         from mlflow.exceptions import MlflowException
 
@@ -228,7 +233,8 @@ class Tracker:
             run = self.client.get_run(before["run_id"])
         except (OSError, ValueError, KeyError, MlflowException):
             return None
-        if run.info.lifecycle_stage != "active":
+        resumable = any((attempt.parent / "checkpoints").glob("step-*"))
+        if run.info.lifecycle_stage != "active" or (run.info.status == "FAILED" and not resumable):
             return None
         run_id = run.info.run_id
         self.client.update_run(run_id, status="RUNNING")
@@ -236,7 +242,11 @@ class Tracker:
         last = -1
         for name in run.data.metrics:
             last = max([last, *(point.step for point in self.client.get_metric_history(run_id, name))])
-        return ChildRun(run_id, metrics_file, last_step=last, streamed=set(run.data.metrics))
+        child = ChildRun(run_id, attempt, last_step=last, streamed=set(run.data.metrics))
+        for directory in leftovers:
+            child.metrics_file, child.offset = directory / METRICS, 0
+            self.pump(child)
+        return child
 
     def pump(self, child: ChildRun) -> None:
         """Log the complete lines of metrics.jsonl that were not logged yet."""

@@ -148,13 +148,13 @@ class Walk:
             self.display.set(node.id, "cached", "made by another run or variant meanwhile")
             self.tracker.link(node, stored)
             return True
-        swept = entry.sweep()
-        if swept:
-            self.display.note(f"warning: {node.id}: removed the half-written generation {', '.join(swept)}")
         name = entry.next_generation()
         scratch = entry.open_scratch({k: g.id for k, g in used.items()}, fresh=decision.forced)
         output_dir = entry.path / name
-        child = self.tracker.open_child(node, scratch, output_dir / "metrics.jsonl", name, self.rerun_of)
+        child = self.tracker.open_child(node, scratch, output_dir, entry.uncommitted(), self.rerun_of)
+        swept = entry.sweep()
+        if swept:
+            self.display.note(f"warning: {node.id}: removed the half-written generation {', '.join(swept)}")
         corpus = used.get("tokenize")
         if corpus is not None and node.stage != "report":
             self.tracker.log_corpus(child.run_id, corpus, "training" if node.stage == "pretrain" else "evaluation")

@@ -99,13 +99,13 @@ class FakeTracker:
         self,
         node: Node,
         scratch: Path,
-        metrics_file: Path,
-        generation: str,
+        output_dir: Path,
+        leftovers: Sequence[Path],
         rerun_of: str | None,  # noqa: ARG002
     ) -> ChildRun:
-        assert scratch.is_dir()
-        self.calls.append(("open", node.id, generation))
-        return ChildRun(f"run of {node.id}", metrics_file)
+        assert scratch.is_dir() and all(directory.is_dir() for directory in leftovers)
+        self.calls.append(("open", node.id, output_dir.name))
+        return ChildRun(f"run of {node.id}", output_dir / "metrics.jsonl")
 
     def log_corpus(self, run_id: str, corpus: Generation, context: str) -> None:
         assert corpus.id.startswith("tokenize/")

@@ -43,7 +43,7 @@ def steps(tracker: Tracker, run_id: str, name: str = "loss") -> list[int]:
 def test_only_complete_lines_are_logged_and_each_once(tracked: tuple[Tracker, Plan, Path], tmp_path: Path) -> None:
     tracker, plan, _ = tracked
     file = tmp_path / "metrics.jsonl"
-    child = tracker.open_child(plan["pretrain/lazy"].node, tmp_path, file, "g0001", None)
+    child = tracker.open_child(plan["pretrain/lazy"].node, tmp_path, tmp_path, [], None)
     tracker.pump(child)
     file.write_text(line(1, loss=3.0) + line(2, loss=2.5) + line(3, loss=2.0)[:-9])
     tracker.pump(child)
@@ -60,14 +60,19 @@ def test_a_resumed_stage_goes_on_in_its_run_without_repeating_steps(
 ) -> None:
     tracker, plan, _ = tracked
     node = plan["pretrain/standard"].node
-    first = tracker.open_child(node, tmp_path, tmp_path / "first.jsonl", "g0001", None)
-    (tmp_path / "first.jsonl").write_text(line(1, loss=3.0) + line(2, loss=2.5) + line(3, loss=2.2))
+    for name in ("g0001", "g0002"):
+        (tmp_path / name).mkdir()
+    first = tracker.open_child(node, tmp_path, tmp_path / "g0001", [], None)
+    file = tmp_path / "g0001" / "metrics.jsonl"
+    file.write_text(line(1, loss=3.0) + line(2, loss=2.5))
     tracker.pump(first)
-    second = tracker.open_child(node, tmp_path, tmp_path / "second.jsonl", "g0002", None)
+    with file.open("a") as more:  # the driver is killed before it logs these
+        more.write(line(3, loss=2.2) + line(4, loss=2.0) + line(5, loss=1.9)[:-5])
+    second = tracker.open_child(node, tmp_path, tmp_path / "g0002", [tmp_path / "g0001"], None)
     assert second.run_id == first.run_id
-    (tmp_path / "second.jsonl").write_text(line(2, loss=2.5) + line(3, loss=2.2) + line(4, loss=2.0))
+    (tmp_path / "g0002" / "metrics.jsonl").write_text(line(3, loss=2.2) + line(4, loss=2.0) + line(5, loss=1.9))
     tracker.pump(second)
-    assert steps(tracker, first.run_id) == [1, 2, 3, 4]
+    assert steps(tracker, first.run_id) == [1, 2, 3, 4, 5]
 
 
 def test_a_server_that_goes_away_costs_no_stage(
@@ -78,7 +83,7 @@ def test_a_server_that_goes_away_costs_no_stage(
 ) -> None:
     tracker, plan, _ = tracked
     file = tmp_path / "metrics.jsonl"
-    child = tracker.open_child(plan["sparsity/lazy"].node, tmp_path, file, "g0001", None)
+    child = tracker.open_child(plan["sparsity/lazy"].node, tmp_path, tmp_path, [], None)
     file.write_text(line(1, loss=3.0))
 
     def dead(*_: Any, **__: Any) -> None:
@@ -88,7 +93,7 @@ def test_a_server_that_goes_away_costs_no_stage(
         patch.setattr(tracker.client, "log_batch", dead)
         patch.setattr(tracker.client, "create_run", dead)
         tracker.pump(child)
-        lost = tracker.open_child(plan["evaluate/lazy"].node, tmp_path / "no", file, "g0001", None)
+        lost = tracker.open_child(plan["evaluate/lazy"].node, tmp_path / "no", tmp_path, [], None)
         tracker.pump(lost)
         tracker.fail_child(lost, "FAILED", "boom")
     assert "connection refused" in capsys.readouterr().err and lost.run_id == ""
