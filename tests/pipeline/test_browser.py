@@ -73,7 +73,7 @@ def text_of(browser: WebDriver) -> str:
     return browser.find_element(By.TAG_NAME, "body").text
 
 
-def wait_for(browser: WebDriver, *texts: str, seconds: float = 40) -> None:
+def wait_for(browser: WebDriver, *texts: str, seconds: float = 90) -> None:
     WebDriverWait(browser, seconds).until(
         lambda b: all(t in text_of(b) for t in texts), f"{texts} not all on the page:\n{text_of(browser)[:2000]}"
     )
@@ -92,7 +92,7 @@ def test_the_ui_shows_the_tree_the_metrics_and_the_pictures(
     wait_for(browser, "Run Name", "tiny")
     for close in browser.find_elements(By.CSS_SELECTOR, "[data-component-id='mlflow.assistant.chat_panel.close']"):
         close.click()
-    expander = WebDriverWait(browser, 30).until(
+    expander = WebDriverWait(browser, 90).until(
         lambda b: b.find_elements(By.CSS_SELECTOR, "button[data-component-id*='runnamecellrenderer']")
     )
     expander[0].click()
@@ -106,6 +106,6 @@ def test_the_ui_shows_the_tree_the_metrics_and_the_pictures(
     picture = f"{ui}/#/experiments/{experiment}/runs/{runs['sparsity/lazy'].run_id}/artifacts/figures/tau_heat_map.png"
     browser.get(picture)
     width = "return Math.max(0, ...[...document.querySelectorAll('img')].map(i => i.naturalWidth))"
-    WebDriverWait(browser, 40).until(lambda b: b.execute_script(width) > 300)
+    WebDriverWait(browser, 90).until(lambda b: b.execute_script(width) > 300)
     wait_for(browser, "tau_heat_map.png")
     browser.save_screenshot(str(shots / "picture.png"))
