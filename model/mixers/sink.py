@@ -1,0 +1,25 @@
+"""Softmax with a learned sink per head (gpt-oss, 2025): a head learns how readily it attends to nothing."""
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.mixers.interface import AttentionMixer
+from model.mixers.null_key import attend_with_null_key, weights_beside_null_key
+
+
+class SinkAttention(AttentionMixer):
+    """o_i = sum_{j <= i} exp(s_ij) v_j / (exp(sink) + sum_{j <= i} exp(s_ij)), one logit `sink` per head.
+
+    sink [H] stays float32 under autocast and starts at 0, where the mixer equals softmax1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.sink = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_with_null_key(q, k, v, self.scale, self.sink)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        return weights_beside_null_key(self.scores(q, k), self.sink)
