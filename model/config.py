@@ -11,11 +11,15 @@ from model.pattern import Pattern, check_pattern_name, standard_layers
 MIXERS: dict[str, str] = {
     "standard": "causal softmax attention with RoPE (Vaswani et al. 2017; Su et al. 2021)",
     "lazy": "Lazy Attention: RoPE + learnable distance bias + Elastic-Softmax (arXiv 2601.00919)",
+    "mlp": "no token mixing: a gated MLP of the same size (Deconstructing Attention, arXiv 2510.11602)",
+    "taylor": "softmax by its second-order Taylor series, linear time (arXiv 2510.11602; Based, Arora et al. 2024)",
+    "gating": "softmax over scores of the keys alone, linear time, no position (arXiv 2510.11602)",
+    "static_qk": "queries and keys from the token embeddings, values from the hidden states (arXiv 2510.11602)",
 }
 
-MixerName = Literal["standard", "lazy"]
+MixerName = Literal["standard", "lazy", "mlp", "taylor", "gating", "static_qk"]
 
-WITHOUT_ATTENTION: frozenset[str] = frozenset()  # mixers that have no attention weights to analyse
+WITHOUT_ATTENTION: frozenset[str] = frozenset({"mlp"})  # mixers that have no attention weights to analyse
 
 
 class ModelConfig(BaseModel):
@@ -95,6 +99,11 @@ class ModelConfig(BaseModel):
             return self.intermediate_size
         return -(-8 * self.hidden_size // 3 // 32) * 32
 
+    @property
+    def mlp_mixer_size(self) -> int:
+        """Width of the mixer `mlp`: three matrices with the parameters of attention's four, never rounded further."""
+        return round(2 * (self.hidden_size + self.kv_heads * self.head_dim) / 3)
+
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     """Number of parameters of `Transformer(config, vocab_size)`. A tied embedding counts once."""
@@ -111,5 +120,7 @@ def _mixer_parameters(config: ModelConfig, mixer: MixerName) -> int:
     match mixer:
         case "lazy":
             return attention + config.num_heads * (config.max_bias_length + 1)
+        case "mlp":
+            return 3 * hidden * config.mlp_mixer_size
         case _:
             return attention

@@ -1,0 +1,46 @@
+"""No token mixing at all: a second gated MLP in the place of attention ("Deconstructing Attention", 2510.11602)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.cache import LayerCache, RecurrentState
+from model.config import ModelConfig
+from model.layers import Linear
+from model.mixers.interface import SideInputs, TokenMixer
+from model.rope import Rope
+
+
+class MlpMixer(TokenMixer):
+    """W_down(SiLU(H W_gate) * (H W_up)), each position by itself.
+
+    Its width makes the three matrices as large as the four of attention, 4/3 hidden when no heads are grouped. It has
+    no attention weights and remembers nothing while decoding.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.mlp_mixer_size)
+        self.up_proj = Linear(config.hidden_size, config.mlp_mixer_size)
+        self.down_proj = Linear(config.mlp_mixer_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,  # noqa: ARG002
+        cache: LayerCache | None = None,  # noqa: ARG002
+        side: SideInputs | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+    def new_cache(self, max_tokens: int) -> LayerCache:  # noqa: ARG002
+        return RecurrentState()
+
+    def attention_rows(
+        self,
+        x: Tensor,  # noqa: ARG002
+        rope: Rope,  # noqa: ARG002
+        query_block: int,  # noqa: ARG002
+        side: SideInputs | None = None,  # noqa: ARG002
+    ) -> None:
+        return None
