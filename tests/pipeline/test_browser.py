@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
@@ -74,9 +75,10 @@ def text_of(browser: WebDriver) -> str:
 
 
 def wait_for(browser: WebDriver, *texts: str, seconds: float = 90) -> None:
-    WebDriverWait(browser, seconds).until(
-        lambda b: all(t in text_of(b) for t in texts), f"{texts} not all on the page:\n{text_of(browser)[:2000]}"
-    )
+    try:
+        WebDriverWait(browser, seconds).until(lambda b: all(t in text_of(b) for t in texts))
+    except TimeoutException:
+        raise AssertionError(f"{texts} are not all on the page:\n{text_of(browser)[:2000]}") from None
 
 
 @needs_browser
@@ -99,8 +101,11 @@ def test_the_ui_shows_the_tree_the_metrics_and_the_pictures(
     wait_for(browser, "pretrain/lazy", "evaluate/standard", "sparsity/lazy", "tokenize", "report")
     browser.save_screenshot(str(shots / "runs.png"))
 
-    browser.get(f"{ui}/#/experiments/{experiment}/runs/{runs['pretrain/lazy'].run_id}/model-metrics")
-    wait_for(browser, "loss", "grad_norm", "tokens_per_s")
+    lazy = f"{ui}/#/experiments/{experiment}/runs/{runs['pretrain/lazy'].run_id}"
+    browser.get(lazy)
+    wait_for(browser, "loss", "grad_norm", "tokens_per_s", "model.max_bias_length")
+    browser.get(f"{lazy}/model-metrics")
+    wait_for(browser, "layer_0", "pretrain/lazy (sparsity/layer_0)")  # charts further down are drawn when scrolled to
     browser.save_screenshot(str(shots / "metrics.png"))
 
     picture = f"{ui}/#/experiments/{experiment}/runs/{runs['sparsity/lazy'].run_id}/artifacts/figures/tau_heat_map.png"
