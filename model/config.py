@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,9 +16,32 @@ MIXERS: dict[str, str] = {
     "taylor": "softmax by its second-order Taylor series, linear time (arXiv 2510.11602; Based, Arora et al. 2024)",
     "gating": "softmax over scores of the keys alone, linear time, no position (arXiv 2510.11602)",
     "static_qk": "queries and keys from the token embeddings, values from the hidden states (arXiv 2510.11602)",
+    "softmax1": "softmax off by one: exp(s) / (1 + sum exp(s)) (Miller 2023)",
+    "sink": "softmax with one learned logit per head in its denominator (gpt-oss 2025)",
+    "sigmoid": "a sigmoid per weight, not normalised (Ramapuram et al. 2024, arXiv 2409.04431)",
+    "entmax": "1.5-entmax, softmax with exact zeros (Peters et al. 2019, arXiv 1905.05702)",
+    "stick_breaking": "the nearest keys take their share first, no RoPE (Tan et al. 2024, arXiv 2410.17980)",
+    "elliptical": "softmax, coordinates scaled by their change between layers (Nielsen et al. 2024, arXiv 2406.13770)",
+    "alibi": "softmax with a linear distance penalty in place of RoPE (Press et al. 2022, arXiv 2108.12409)",
+    "swa": "softmax over a sliding window, and the first tokens if wanted (StreamingLLM, Xiao et al. 2023)",
 }
 
-MixerName = Literal["standard", "lazy", "mlp", "taylor", "gating", "static_qk"]
+MixerName = Literal[
+    "standard",
+    "lazy",
+    "mlp",
+    "taylor",
+    "gating",
+    "static_qk",
+    "softmax1",
+    "sink",
+    "sigmoid",
+    "entmax",
+    "stick_breaking",
+    "elliptical",
+    "alibi",
+    "swa",
+]
 
 WITHOUT_ATTENTION: frozenset[str] = frozenset({"mlp"})  # mixers that have no attention weights to analyse
 
@@ -54,6 +78,13 @@ class ModelConfig(BaseModel):
         -1.0, description="lazy: initial Elastic-Softmax offset tau (paper: -1, cuts below-average weights)"
     )
     bias_init_std: float = Field(1e-3, ge=0, description="lazy: standard deviation of the initial distance bias")
+    sigmoid_bias: float | None = Field(None, description="sigmoid: b, added to every score; default: -log(max_seq_len)")
+    sigmoid_bias_learnable: bool = Field(False, description="sigmoid: learn b per head, from the same start")
+    swa_window: int = Field(128, gt=0, description="swa: keys a query sees, its own included")
+    swa_sink_tokens: int = Field(0, ge=0, description="swa: first tokens every later query sees too")
+    stick_breaking_remainder: bool = Field(
+        False, description="stick_breaking: what the keys leave goes to the query's own value (default: to nothing)"
+    )
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -94,6 +125,10 @@ class ModelConfig(BaseModel):
         return tuple("standard" if layer in kept else self.mixer for layer in range(1, self.num_layers + 1))
 
     @property
+    def initial_sigmoid_bias(self) -> float:
+        return -math.log(self.max_seq_len) if self.sigmoid_bias is None else self.sigmoid_bias
+
+    @property
     def mlp_size(self) -> int:
         if self.intermediate_size is not None:
             return self.intermediate_size
@@ -122,5 +157,9 @@ def _mixer_parameters(config: ModelConfig, mixer: MixerName) -> int:
             return attention + config.num_heads * (config.max_bias_length + 1)
         case "mlp":
             return 3 * hidden * config.mlp_mixer_size
+        case "sink":
+            return attention + config.num_heads
+        case "sigmoid":
+            return attention + (config.num_heads if config.sigmoid_bias_learnable else 0)
         case _:
             return attention

@@ -19,6 +19,7 @@ def initialise_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
 
     Matrices ~ N(0, init_std); those that write into the residual stream are divided by sqrt(2 num_layers), so that its
     variance does not grow with depth (GPT-2). Lazy: bias ~ N(0, bias_init_std), tau = tau_init.
+    The sink logit starts at 0, the learnable sigmoid bias at its constant.
     """
     residual_std = config.init_std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
@@ -26,6 +27,10 @@ def initialise_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
             nn.init.ones_(parameter)
         elif name.endswith("mixer.tau"):
             nn.init.constant_(parameter, config.tau_init)
+        elif name.endswith("mixer.sink"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("mixer.logit_bias"):
+            nn.init.constant_(parameter, config.initial_sigmoid_bias)
         elif name.endswith("mixer.bias"):
             _fill_normal(parameter, config.bias_init_std, seed, name)
         else:

@@ -1,12 +1,20 @@
 """The token mixers by name. One file each; `model.config.MIXERS` holds their descriptions, free of torch."""
 
 from model.config import MixerName, ModelConfig
+from model.mixers.alibi import AlibiAttention
+from model.mixers.elliptical import EllipticalAttention
+from model.mixers.entmax import EntmaxAttention
 from model.mixers.gating import GatingMixer
 from model.mixers.interface import SideInputs, TokenMixer
 from model.mixers.lazy import LazyAttention
 from model.mixers.mlp import MlpMixer
+from model.mixers.sigmoid import SigmoidAttention
+from model.mixers.sink import SinkAttention
+from model.mixers.softmax1 import Softmax1Attention
 from model.mixers.standard import StandardAttention
 from model.mixers.static_qk import StaticQKAttention
+from model.mixers.stick_breaking import StickBreakingAttention
+from model.mixers.swa import SlidingWindowAttention
 from model.mixers.taylor import TaylorAttention
 
 __all__ = ["SideInputs", "TokenMixer", "build_mixer"]
@@ -27,3 +35,19 @@ def build_mixer(config: ModelConfig, mixer: MixerName, kernel: str = "auto") -> 
             return GatingMixer(config)
         case "static_qk":
             return StaticQKAttention(config)
+        case "softmax1":
+            return Softmax1Attention(config)
+        case "sink":
+            return SinkAttention(config)
+        case "sigmoid":
+            return SigmoidAttention(config)
+        case "entmax":
+            return EntmaxAttention(config)
+        case "stick_breaking":
+            return StickBreakingAttention(config)
+        case "elliptical":
+            return EllipticalAttention(config)
+        case "alibi":
+            return AlibiAttention(config)
+        case "swa":
+            return SlidingWindowAttention(config)
