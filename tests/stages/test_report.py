@@ -267,25 +267,39 @@ def test_report_of_a_real_tiny_experiment(tmp_path: Path) -> None:
         ("evaluate", evaluate, EvaluateConfig(context_lengths=(16, 96), prompts=("the king",), max_new_tokens=4)),
         ("sparsity", sparsity, SparsityConfig(windows=3, seq_len=32, heat_map_heads=1)),
     ]
-    for mixer in ("lazy", "standard"):
-        config = tiny_run(mixer, steps=6)
+    variants = {
+        "lazy": tiny_run("lazy", steps=6),
+        "standard": tiny_run("standard", steps=6),
+        "mlp": tiny_run("mlp", steps=6),
+        "mlp_hybrid": hybrid_run("mlp", [2]),
+    }
+    for name, config in variants.items():
         upstream_of_both = {
             "tokenize": corpus,
-            "pretrain": finish(tmp_path, "pretrain", mixer, pretrain, config, inputs),
+            "pretrain": finish(tmp_path, "pretrain", name, pretrain, config, inputs),
         }
-        inputs[f"pretrain/{mixer}"] = upstream_of_both["pretrain"]
+        inputs[f"pretrain/{name}"] = upstream_of_both["pretrain"]
         for stage, module, stage_config in stages:
-            inputs[f"{stage}/{mixer}"] = finish(tmp_path, stage, mixer, module, stage_config, upstream_of_both)
+            inputs[f"{stage}/{name}"] = finish(tmp_path, stage, name, module, stage_config, upstream_of_both)
     outputs, folder = run(tmp_path, inputs, "tiny")
     metrics = outputs.metrics
     assert metrics["standard/sparsity"] == 0 and metrics["standard/surviving_mass"] == pytest.approx(1, abs=1e-6)
     assert 0.4 < metrics["lazy/sparsity"] < 1 and metrics["lazy/surviving_mass"] < 1
-    lazy, standard = stored(folder)["rows"]
+    lazy, standard, mlp, hybrid = stored(folder)["rows"]
     assert lazy["validation_loss"] == inputs["evaluate/lazy"].metrics["validation_loss"]
     assert lazy["parameters_difference"] == 2 * (2 * 16 + 2)  # two layers of a bias [2, 16] and a tau [2]
     assert lazy["perplexity_at/96"] > 0 and lazy["tau_moved"] > 0 and "tau_moved" not in standard
+    # No attention weights anywhere, and in one of two layers.
+    assert mlp["perplexity"] > 0 and "sparsity" not in mlp and "mlp/sink" not in metrics
+    assert hybrid["surviving_mass"] == pytest.approx(1, abs=1e-6) and hybrid["mixer"] == "mlp, standard in 2"
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert "Learned thresholds" in page.text and len(page.blocks) == 4
+    assert "Learned thresholds" in page.text and len(page.blocks) == 8
+
+
+def hybrid_run(mixer: str, pattern: object) -> PretrainConfig:
+    config = tiny_run(mixer, steps=6)
+    model = config.model.model_dump() | {"pattern": pattern}
+    return PretrainConfig.model_validate(config.model_dump() | {"model": model})
 
 
 def finish(root: Path, stage: str, mixer: str, module: Any, config: Any, inputs: dict[str, Artifact]) -> Artifact:

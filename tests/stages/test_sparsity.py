@@ -115,6 +115,37 @@ def test_tables_hold_every_head_and_average_to_the_summary(lazy: Finished) -> No
     assert layers[1]["sparsity"] == metrics["sparsity/layer_1"] and layers[0]["sink"] == metrics["sink/layer_0"]
 
 
+def test_layers_without_attention_weights_have_nulls_and_no_part_in_the_means(tmp_path: Path, corpus: Artifact) -> None:
+    hybrid = run(tmp_path / "hybrid", corpus, trained_looking("mlp", pattern=[2]), WITH_MAPS)
+    assert (hybrid.facts["mixer"], hybrid.facts["pattern"], hybrid.facts["attention_layers"]) == ("mlp", [2], [1])
+    assert hybrid.metrics["surviving_mass"] == pytest.approx(1, abs=1e-6)
+    assert hybrid.metrics["sink"] == hybrid.metrics["sink/layer_1"] and "sink/layer_0" not in hybrid.metrics
+    heads = pq.read_table(tmp_path / "hybrid" / "output" / "tables" / "heads.parquet").to_pylist()
+    assert [row["sink"] is None for row in heads] == [True] * 4 + [False] * 4
+    assert [row["untrained_sparsity"] for row in heads] == [None] * 4 + [0.0] * 4
+    figures = {path.stem for path in (tmp_path / "hybrid" / "output" / "figures").iterdir()}
+    assert figures == {"sparsity_by_layer", "sink_by_layer", "attention_layer_1"}
+
+    nothing = run(tmp_path / "mlp", corpus, trained_looking("mlp"), WITH_MAPS)
+    assert nothing.metrics == {} and nothing.facts["attention_layers"] == []
+    layers = pq.read_table(tmp_path / "mlp" / "output" / "tables" / "layers.parquet").to_pylist()
+    assert [row["layer"] for row in layers] == [0, 1]
+    assert {value for row in layers for name, value in row.items() if name != "layer"} == {None}
+    assert not (tmp_path / "mlp" / "output" / "figures").exists()
+
+
+def test_thresholds_of_a_lazy_hybrid_are_those_of_its_lazy_layers(tmp_path: Path, corpus: Artifact) -> None:
+    model = trained_looking("lazy", pattern="first")
+    with torch.no_grad():
+        model.get_parameter("layers.1.mixer.tau")[2] = -0.25
+    outputs = run(tmp_path, corpus, model)
+    assert outputs.metrics["tau_moved"] == pytest.approx(0.75) and outputs.metrics["tau_min"] == -1
+    assert outputs.metrics["sparsity/layer_0"] == 0 and outputs.metrics["sparsity/layer_1"] > 0.3
+    layers = json.loads((tmp_path / "output" / "tables" / "layers.json").read_text())
+    assert [row["tau"] for row in layers] == [None, pytest.approx(-1 + 0.75 / 4)]
+    assert {"tau_heat_map", "bias_curves"} <= {path.stem for path in (tmp_path / "output" / "figures").iterdir()}
+
+
 def test_query_block_changes_nothing(tmp_path: Path, corpus: Artifact, lazy: Finished) -> None:
     whole_window = run(tmp_path, corpus, lazy.model, CONFIG.model_copy(update={"query_block": 64})).metrics
     assert whole_window == pytest.approx(lazy.outputs.metrics, abs=2e-4)
