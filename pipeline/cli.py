@@ -208,6 +208,21 @@ def variants(as_json: JsonOption = False) -> None:
         print(f"  {name:<14} {description}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels")],
+) -> None:
+    """Time the Lazy Attention kernels against others; `lazypipe bench kernels --help` lists the options."""
+    from pipeline.document import nearest
+
+    if what != "kernels":
+        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels'])}")
+    from kernels.bench import main as bench_kernels
+
+    raise typer.Exit(bench_kernels(context.args))
+
+
 def main() -> NoReturn:
     """Entry point of `lazypipe` and `python -m pipeline`."""
     try:

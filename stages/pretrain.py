@@ -58,6 +58,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
     model = Transformer(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
@@ -155,8 +156,24 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "device": device.type,
             "kernel": {"lazy": config.kernel, "standard": "sdpa"}.get(config.model.mixer, "torch"),
             "world_size": context.world_size,
+            **preflight,
         },
     )
+
+
+def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:
+    """Facts of the kernel preflight: what will train, and how far it is from the float64 reference.
+
+    Empty where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
+    """
+    if device.type != "cuda" or config.model.mixer != "lazy" or config.kernel in ("reference", "blockwise"):
+        return {}
+    from kernels.preflight import preflight
+
+    model = config.model
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    result = preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
+    return {"preflight": result.description, "preflight_errors": result.errors, "preflight_bound": result.bound}
 
 
 def resume(model: Transformer, optimizer: torch.optim.AdamW, identity: dict[str, object], context: Context) -> RunState:

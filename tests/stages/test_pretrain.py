@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load_checkpoint
+from model.config import ModelConfig
 from model.loss import next_token_loss
 from model.transformer import Transformer
 from stages import pretrain
@@ -288,3 +289,32 @@ def test_training_leaves_the_global_random_state_alone(corpus: Artifact, tmp_pat
     before = torch.get_rng_state()
     train(tiny_run("lazy", steps=1, warmup_steps=0), corpus, tmp_path)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("mixer", "kernel", "device", "checked"),
+    [
+        ("lazy", "auto", "cuda", True),
+        ("lazy", "triton", "cuda", True),
+        ("lazy", "reference", "cuda", False),
+        ("standard", "auto", "cuda", False),
+        ("lazy", "auto", "cpu", False),
+    ],
+)
+def test_the_triton_kernels_are_checked_before_they_train(
+    monkeypatch: pytest.MonkeyPatch, mixer: str, kernel: str, device: str, checked: bool
+) -> None:
+    from kernels import preflight
+    from stages.pretrain import check_kernels
+
+    asked: list[tuple[object, ...]] = []
+
+    def record(*shape: object, device: torch.device) -> preflight.Preflight:
+        asked.append((*shape, device.type))
+        return preflight.Preflight({"out": 1e-6}, 2e-4, "a GPU")
+
+    monkeypatch.setattr(preflight, "preflight", record)
+    model = ModelConfig(hidden_size=64, num_heads=4, num_kv_heads=2, mixer=mixer, max_bias_length=32)
+    facts = check_kernels(PretrainConfig(model=model, kernel=kernel, dtype="bfloat16"), torch.device(device))
+    assert asked == ([(4, 2, 16, 32, torch.bfloat16, "cuda")] if checked else [])
+    assert bool(facts) == checked
