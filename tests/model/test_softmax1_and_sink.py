@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.mixers.null_key import attend_with_null_key
 from model.mixers.sink import SinkAttention
 from model.mixers.softmax1 import Softmax1Attention
+from stages.optimizer import split_parameters
 from tests.model.oracles import HEADS, agrees_with, some_heads
 from tests.model.tiny_model import awake, some_tokens, tiny
 
@@ -86,3 +87,4 @@ def test_the_sink_stays_float32_and_counts_one_parameter_per_head() -> None:
     assert gradient.dtype == torch.float32 and gradient.abs().min() > 0
     extra = set(model.state_dict()) - set(awake(tiny("softmax1")).state_dict())
     assert extra == {"layers.0.mixer.sink", "layers.1.mixer.sink"}
+    assert extra <= set(split_parameters(model)[1])  # no weight decay: it would pull every head to softmax1
