@@ -1,4 +1,4 @@
-"""Attention by its definition: float64, one query, one key at a time. What the mixers are held against."""
+"""Attention by its definition: float64, one query at a time. What the mixers are held against."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def weights_of(row: Row, q: Tensor, k: Tensor) -> Tensor:
             for query in range(query_len):
                 position = key_len - query_len + query
                 keys = k[b, head // (heads // k.shape[1]), : position + 1]
-                scores = torch.stack([(q[b, head, query] * key).sum() / WIDTH**0.5 for key in keys])
+                scores = (keys * q[b, head, query]).sum(-1) / WIDTH**0.5
                 weights = row(scores, head)
                 rows.append(torch.cat((weights, weights.new_zeros(key_len - position - 1))))
     return torch.stack(rows).view(batch, heads, query_len, key_len)
