@@ -1,6 +1,6 @@
 """A trained model on disk: weights, shape and tokenizer. Nothing in it is ever unpickled.
 
-model.safetensors   float32 weights by parameter name
+model.safetensors   float32 weights by parameter name, and the side sequence of a model that has one
 config.json         {"model": fields of ModelConfig, "vocab_size", "eos_id"}
 tokenizer.json      for tokenizers.Tokenizer.from_file
 """
@@ -46,7 +46,7 @@ class Checkpoint:
 def save_checkpoint(directory: Path, model: Transformer, eos_id: int, tokenizer_json: Path | None) -> None:
     """Write the files of the module docstring into `directory`, which is made if need be."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.state_dict().items()}
     save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {"model": model.config.model_dump(), "vocab_size": model.vocab_size, "eos_id": eos_id}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -84,7 +84,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu", kernel:
 
 def check_weights(model: Transformer, weights: dict[str, Tensor], source: Path) -> None:
     """Raise CheckpointError for the first tensor of `weights` that is not the model's by name, shape and dtype."""
-    expected = dict(model.named_parameters())
+    expected = model.state_dict()
     for name, parameter in expected.items():
         shape, dtype = list(parameter.shape), parameter.dtype
         if name not in weights:

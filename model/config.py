@@ -15,6 +15,8 @@ MIXERS: dict[str, str] = {
     "mlp": "no token mixing: a gated MLP of the same size (Deconstructing Attention, arXiv 2510.11602)",
     "taylor": "softmax by its second-order Taylor series, linear time (arXiv 2510.11602; Based, Arora et al. 2024)",
     "gating": "softmax over scores of the keys alone, linear time, no position (arXiv 2510.11602)",
+    "random_qk": "queries and keys from a fixed random sequence, values from the hidden states (arXiv 2510.11602)",
+    "text_qk": "queries and keys from a fixed text, values from the hidden states (arXiv 2510.11602)",
     "static_qk": "queries and keys from the token embeddings, values from the hidden states (arXiv 2510.11602)",
     "softmax1": "softmax off by one: exp(s) / (1 + sum exp(s)) (Miller 2023)",
     "sink": "softmax with one learned logit per head in its denominator (gpt-oss 2025)",
@@ -32,6 +34,8 @@ MixerName = Literal[
     "mlp",
     "taylor",
     "gating",
+    "random_qk",
+    "text_qk",
     "static_qk",
     "softmax1",
     "sink",
@@ -44,6 +48,7 @@ MixerName = Literal[
 ]
 
 WITHOUT_ATTENTION: frozenset[str] = frozenset({"mlp"})  # mixers that have no attention weights to analyse
+WITH_SIDE_SEQUENCE = frozenset({"random_qk", "text_qk"})  # mixers that read a side sequence of max_seq_len positions
 
 
 class ModelConfig(BaseModel):
@@ -123,6 +128,15 @@ class ModelConfig(BaseModel):
         """The mixer of each layer, from the first."""
         kept = standard_layers(self.pattern, self.num_layers)
         return tuple("standard" if layer in kept else self.mixer for layer in range(1, self.num_layers + 1))
+
+    def too_long(self, length: int) -> str | None:
+        """Why an input of `length` tokens cannot go through the model, as a sentence; None when it can."""
+        if self.mixer not in WITH_SIDE_SEQUENCE or length <= self.max_seq_len:
+            return None
+        return (
+            f"{length} tokens are more than max_seq_len={self.max_seq_len}, where the side sequence of "
+            f"mixer={self.mixer} ends; stay within it, or raise max_seq_len"
+        )
 
     @property
     def initial_sigmoid_bias(self) -> float:

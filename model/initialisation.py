@@ -7,9 +7,10 @@ standard model of one seed have equal projections, and a difference between thei
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.side_sequence import RANDOM_STD
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
@@ -19,8 +20,12 @@ def initialise_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
 
     Matrices ~ N(0, init_std); those that write into the residual stream are divided by sqrt(2 num_layers), so that its
     variance does not grow with depth (GPT-2). Lazy: bias ~ N(0, bias_init_std), tau = tau_init.
-    The sink logit starts at 0, the learnable sigmoid bias at its constant.
+    The random side sequence of random_qk ~ N(0, 0.02). The sink logit starts at 0, the learnable sigmoid bias at its
+    constant.
     """
+    for name, buffer in model.named_buffers():
+        if name == "side.vectors":
+            _fill_normal(buffer, RANDOM_STD, seed, name)
     residual_std = config.init_std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -38,7 +43,7 @@ def initialise_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
             _fill_normal(parameter, std, seed, name)
 
 
-def _fill_normal(parameter: nn.Parameter, std: float, seed: int, name: str) -> None:
+def _fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     with torch.no_grad():

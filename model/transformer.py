@@ -7,20 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import DecodingState, LayerCache
-from model.config import WITHOUT_ATTENTION, MixerName, ModelConfig
+from model.config import WITH_SIDE_SEQUENCE, WITHOUT_ATTENTION, ModelConfig
 from model.initialisation import initialise_weights
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from model.mixers import SideInputs, build_mixer
+from model.mixers import SideInputs, SideQKAttention, build_mixer
 from model.rope import Rope, rope_tables
+from model.side_sequence import Maps, SideSequence
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); x [B, L, hidden]."""
 
-    def __init__(self, config: ModelConfig, mixer: MixerName, kernel: str) -> None:
+    def __init__(self, config: ModelConfig, index: int, kernel: str) -> None:
         super().__init__()
+        self.index = index
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = build_mixer(config, mixer, kernel)
+        self.mixer = build_mixer(config, config.layer_mixers[index], kernel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
@@ -33,6 +35,7 @@ class Block(nn.Module):
         """The normed x; the side inputs are made ready for the mixer too."""
         if self.mixer.reads_embeddings:
             side.normed_embeddings = self.mixer_norm(side.embeddings)
+        side.maps = side.maps_by_layer.get(self.index)
         normed: Tensor = self.mixer_norm(x)
         return normed
 
@@ -49,9 +52,10 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.embedding = Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, mixer, kernel) for mixer in config.layer_mixers)
+        self.layers = nn.ModuleList(Block(config, index, kernel) for index in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+        self.side = SideSequence(config) if config.mixer in WITH_SIDE_SEQUENCE else None
         if self.embedding.weight.device.type != "meta":
             initialise_weights(self, config, seed)
 
@@ -62,8 +66,7 @@ class Transformer(nn.Module):
         """
         if cache is not None:
             cache.check_room(tokens.shape[1])
-        x, rope = self._embed(tokens, 0 if cache is None else cache.length)
-        side = SideInputs(x)
+        x, rope, side = self.enter(tokens, 0 if cache is None else cache.length)
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
@@ -82,11 +85,10 @@ class Transformer(nn.Module):
         The weights are those each layer really multiplies with V: exact zeros included, future positions 0. Layers
         without attention weights (`attention_layers` lacks them) yield nothing.
         """
-        x, rope = self._embed(tokens, 0)
-        side = SideInputs(x)
+        x, rope, side = self.enter(tokens)
         for index, layer in enumerate(self._blocks()):
             for start, weights in layer.mixer.attention_rows(layer.mixer_input(x, side), rope, query_block, side) or ():
-                yield index, start, weights
+                yield index, start, weights.expand(tokens.shape[0], -1, -1, -1)  # a map may serve all rows
             x = layer(x, rope, None, side)
 
     @property
@@ -100,8 +102,7 @@ class Transformer(nn.Module):
 
         None when no layer can have any. Costs a forward pass with every such attention computed twice.
         """
-        x, rope = self._embed(tokens, 0)
-        side = SideInputs(x)
+        x, rope, side = self.enter(tokens)
         shares: list[float | None] = []
         for layer in self._blocks():
             share = layer.mixer.sparsity(layer.mixer_input(x, side), rope, side)
@@ -114,10 +115,39 @@ class Transformer(nn.Module):
             assert isinstance(layer, Block)
             yield layer
 
-    def _embed(self, tokens: Tensor, first_position: int) -> tuple[Tensor, Rope]:
+    def enter(self, tokens: Tensor, first_position: int = 0) -> tuple[Tensor, Rope, SideInputs]:
+        """What the first layer is given for tokens [B, L] that start at `first_position`: (x, rope, side inputs)."""
+        end = first_position + tokens.shape[1]
+        x: Tensor = self.embedding(tokens)
+        rope = self._rope(first_position, end)
+        if self.side is None:
+            return x, rope, SideInputs(x)
+        self.side.check_length(end)
+        maps = self.side.maps(self, end, self._side_maps)
+        here = {
+            layer: (queries[:, :, first_position:end], keys[:, :, first_position:end])
+            for layer, (queries, keys) in maps.items()
+        }
+        return x, rope, SideInputs(x, maps_by_layer=here)
+
+    def _side_maps(self, length: int) -> dict[int, Maps]:
+        """Carry the side sequence through the stack; queries and keys of each layer that reads them."""
+        assert self.side is not None
+        x = self.side.embed(self.embedding, length)
+        rope, found = self._rope(0, length), dict[int, Maps]()
+        side = SideInputs(x, maps_by_layer=found)
+        last = max(block.index for block in self._blocks() if block.mixer.reads_side_sequence)
+        for block in self._blocks():
+            if isinstance(block.mixer, SideQKAttention):
+                found[block.index] = Maps(*block.mixer.side_maps(block.mixer_norm(x), rope))
+            if block.index == last:
+                break
+            x = block(x, rope, None, side)
+        return found
+
+    def _rope(self, start: int, end: int) -> Rope:
         config = self.config
-        rope = rope_tables(first_position, tokens.shape[1], config.head_dim, config.rope_theta, tokens.device)
-        return self.embedding(tokens), rope
+        return rope_tables(start, end - start, config.head_dim, config.rope_theta, self.embedding.weight.device)
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:

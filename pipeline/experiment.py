@@ -171,11 +171,17 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
             raise Refusal(f"{where}.{key}: unknown key{nearest(str(key), known)}")
     model = check(ModelConfig, model_fields, "model", own)
     pretrain_fields["model"] = model.model_dump(mode="json", exclude_unset=True)
-    return Variant(
+    variant = Variant(
         pretrain=check(PretrainConfig, pretrain_fields, "pretrain", own),
         evaluate=check(EvaluateConfig, evaluate_fields, "evaluate", own),
         sparsity=check(SparsityConfig, _section(document, "sparsity"), "sparsity"),
     )
+    lengths = [("evaluate.context_lengths", length) for length in variant.evaluate.context_lengths]
+    for key, length in [*lengths, ("sparsity.seq_len", variant.sparsity.seq_len)]:
+        too_long = model.too_long(length)
+        if too_long is not None:
+            raise Refusal(f"{own.get(key, key)} of {where}: {too_long}")
+    return variant
 
 
 def _section(document: Document, key: str) -> dict[str, Any]:

@@ -65,6 +65,10 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(trained.path / "checkpoint", device)
+    for length in config.context_lengths:
+        too_long = checkpoint.model.config.too_long(length)
+        if too_long is not None:
+            raise Refusal(f"context_lengths: {too_long}")
     max_seq_len = checkpoint.model.config.max_seq_len
     tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
     table = token_byte_counts(tokenizer_json, checkpoint.vocab_size)
@@ -160,7 +164,8 @@ def row(length: int, score: Score, max_seq_len: int) -> dict[str, object]:
 def continue_prompts(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Path) -> list[dict[str, str]]:
     """Rows {prompt, method, text}: each prompt continued greedily and by sampling, up to the end of the document.
 
-    An empty prompt starts a new document, from the end-of-document token.
+    An empty prompt starts a new document, from the end-of-document token. A model that takes no more than max_seq_len
+    tokens stops there.
     """
     from tokenizers import Tokenizer
 
@@ -169,12 +174,15 @@ def continue_prompts(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_j
     rows = []
     for prompt in config.prompts:
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [checkpoint.eos_id]
+        new_tokens = config.max_new_tokens
+        if checkpoint.model.config.too_long(len(ids) + new_tokens) is not None:
+            new_tokens = max(0, checkpoint.model.config.max_seq_len - len(ids))
         for method, temperature in (("greedy", 0.0), ("sampled", config.temperature)):
             # The same seed for every prompt: a continuation does not depend on the prompts before it.
             whole = generate(
                 checkpoint.model,
                 torch.tensor([ids], device=device),
-                config.max_new_tokens,
+                new_tokens,
                 temperature,
                 config.top_k,
                 torch.Generator().manual_seed(config.seed),

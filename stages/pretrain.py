@@ -49,6 +49,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     corpus = inputs["tokenize"]
     train, validation = TokenShards(corpus.path / "train"), TokenShards(corpus.path / "validation")
     held_out = validation_windows(validation, config.seq_len, config.validation_windows)
+    side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
     training_batch(train, config.seq_len, config.seed, 0, 1)  # refuses a corpus too small before any compute
     if config.warmup_steps >= config.steps:
         warnings.warn(
@@ -60,6 +61,8 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
     model = Transformer(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
+    if model.side is not None and side_text is not None:
+        model.side.set_tokens(torch.from_numpy(side_text))
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
     state = resume(model, optimizer, identity, context)
@@ -196,6 +199,16 @@ def resume(model: Transformer, optimizer: torch.optim.AdamW, identity: dict[str,
     if latest is None:
         return RunState()
     return read_resume_checkpoint(latest[1], model, optimizer, identity)
+
+
+def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
+    """The side sequence of text_qk, int64 [count]; Refusal when the corpus has fewer tokens."""
+    if shards.num_tokens < count:
+        raise Refusal(
+            f"text_qk takes the first max_seq_len={count} tokens of the training corpus, which has "
+            f"{shards.num_tokens}; lower model.max_seq_len or add text"
+        )
+    return shards.read(0, count)
 
 
 def accumulate_gradients(

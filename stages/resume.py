@@ -62,7 +62,7 @@ def write_resume_checkpoint(
     """Write the three files. Nothing in today's loop draws random numbers; their states are kept for what may."""
     tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
     tensors |= {f"rng.{name}": tensor for name, tensor in _random_states().items()}
-    _save(directory / WEIGHTS_FILE, dict(model.named_parameters()))
+    _save(directory / WEIGHTS_FILE, model.state_dict())
     _save(directory / OPTIMIZER_FILE, tensors)
     run = {"identity": dict(identity), "state": asdict(state)}
     (directory / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")

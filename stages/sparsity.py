@@ -53,6 +53,9 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
     checkpoint = load_checkpoint(inputs["pretrain"].path / "checkpoint", device)
     model = checkpoint.model
     _refuse_diverged(model)
+    too_long = model.config.too_long(config.seq_len)
+    if too_long is not None:
+        raise Refusal(f"sparsity.seq_len: {too_long}")
     beyond_training = config.seq_len > model.config.max_seq_len
     if beyond_training:
         warnings.warn(
@@ -62,6 +65,8 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
         )
     seed = int(inputs["pretrain"].manifest.get("config", {}).get("seed", PretrainConfig().seed))
     untrained = Transformer(model.config, checkpoint.vocab_size, seed=seed).to(device)
+    if model.side is not None and untrained.side is not None:
+        untrained.side.load_state_dict(model.side.state_dict())
 
     trained = measure_model(model, shards, windows, config, context, windows_before=0)
     before = measure_model(untrained, shards, windows, config, context, windows_before=len(windows))

@@ -8,6 +8,7 @@ from model.mixers.gating import GatingMixer
 from model.mixers.interface import SideInputs, TokenMixer
 from model.mixers.lazy import LazyAttention
 from model.mixers.mlp import MlpMixer
+from model.mixers.side_qk import RandomQKAttention, SideQKAttention, TextQKAttention
 from model.mixers.sigmoid import SigmoidAttention
 from model.mixers.sink import SinkAttention
 from model.mixers.softmax1 import Softmax1Attention
@@ -17,7 +18,7 @@ from model.mixers.stick_breaking import StickBreakingAttention
 from model.mixers.swa import SlidingWindowAttention
 from model.mixers.taylor import TaylorAttention
 
-__all__ = ["SideInputs", "TokenMixer", "build_mixer"]
+__all__ = ["SideInputs", "SideQKAttention", "TokenMixer", "build_mixer"]
 
 
 def build_mixer(config: ModelConfig, mixer: MixerName, kernel: str = "auto") -> TokenMixer:
@@ -33,6 +34,10 @@ def build_mixer(config: ModelConfig, mixer: MixerName, kernel: str = "auto") -> 
             return TaylorAttention(config)
         case "gating":
             return GatingMixer(config)
+        case "random_qk":
+            return RandomQKAttention(config)
+        case "text_qk":
+            return TextQKAttention(config)
         case "static_qk":
             return StaticQKAttention(config)
         case "softmax1":

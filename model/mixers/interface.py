@@ -1,8 +1,8 @@
 """What every token mixer offers, and what those that are attention share."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -21,11 +21,15 @@ class SideInputs:
     embeddings         [B, L, hidden] token embeddings of the input
     normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
     values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first
+    maps               rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at the layer at hand,
+                       for mixers with `reads_side_sequence`; maps_by_layer has those of all such layers
     """
 
     embeddings: Tensor
     normed_embeddings: Tensor | None = None
     values: Tensor | None = None
+    maps: tuple[Tensor, Tensor] | None = None
+    maps_by_layer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class TokenMixer(nn.Module):
@@ -37,6 +41,7 @@ class TokenMixer(nn.Module):
     """
 
     reads_embeddings: ClassVar[bool] = False
+    reads_side_sequence: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.config import MIXERS, ModelConfig
 from model.transformer import Transformer
+from tests.model.tiny_model import with_side_text
 
 
 def tiny(mixer: str = "lazy", tie: bool = True) -> Transformer:
     shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_bias_length": 4, "tie_embeddings": tie}
-    return Transformer(ModelConfig.model_validate({**shape, "mixer": mixer}), 11, seed=5)
+    return with_side_text(Transformer(ModelConfig.model_validate({**shape, "mixer": mixer}), 11, seed=5))
 
 
 @pytest.mark.parametrize("tie", [True, False])

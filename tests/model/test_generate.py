@@ -6,6 +6,7 @@ import torch
 from model.config import MIXERS, ModelConfig
 from model.generate import generate
 from model.transformer import Transformer
+from tests.model.tiny_model import with_side_text
 
 VOCAB = 23
 
@@ -15,7 +16,7 @@ def model_of(mixer: str) -> Transformer:
     config = ModelConfig.model_validate(
         {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mixer": mixer, "max_bias_length": 4, "init_std": 0.2}
     )
-    return Transformer(config, VOCAB).eval()
+    return with_side_text(Transformer(config, VOCAB)).eval()
 
 
 PROMPT = torch.tensor([[3, 1, 4], [1, 5, 9]])

@@ -8,7 +8,7 @@ import torch
 
 from kernels import lazy_attention
 from model.config import MIXERS, WITHOUT_ATTENTION, MixerName, ModelConfig, parameter_count
-from model.mixers import SideInputs, build_mixer
+from model.mixers import build_mixer
 from model.mixers.interface import AttentionMixer
 from model.rope import apply_rope, rope_tables
 from model.transformer import Transformer, count_parameters
@@ -125,8 +125,7 @@ def test_attention_rows_are_the_weights_the_layer_multiplies_with_v(mixer: str) 
         assert weights.dtype == torch.float32
         assert not weights.requires_grad
         rows[layer].append(weights)
-    x, rope = model._embed(tokens, 0)
-    side = SideInputs(x)
+    x, rope, side = model.enter(tokens)
     with torch.no_grad():
         for index, layer in enumerate(model.layers):
             h = layer.mixer_input(x, side)

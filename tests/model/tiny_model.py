@@ -24,7 +24,14 @@ def awake(config: ModelConfig, seed: int = 0) -> Transformer:
                 parameter.uniform_(-1.0, 0.3, generator=generator)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
+    return with_side_text(model).eval()
+
+
+def with_side_text(model: Transformer) -> Transformer:
+    """The model, with some text where it needs one as its side sequence (text_qk)."""
+    if model.side is not None and model.side.tokens is not None:
+        model.side.set_tokens(torch.arange(model.side.length) * 7 % model.vocab_size)
+    return model
 
 
 def some_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:

@@ -184,6 +184,14 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
             "variants.lazy={pattern: 25%, num_layers: 3}",
             "num_layers: pattern=25% keeps no layer of num_layers=3",
         ),
+        (
+            "variants.lazy={mixer: random_qk, evaluate: {context_lengths: [64, 65]}}",
+            "variants.lazy.evaluate.context_lengths of variants.lazy: 65 tokens are more than max_seq_len=64",
+        ),
+        (
+            "variants.lazy={mixer: text_qk, evaluate: {context_lengths: [64]}}",
+            "sparsity.seq_len of variants.lazy: 256 tokens are more than max_seq_len=64, where the side sequence",
+        ),
         ("variants.lazy.seed=-1", "variants.lazy.seed: must be greater than or equal to 0, found -1"),
         ("variants.lazy.evaluate.seed=x", "variants.lazy.evaluate.seed: must be a valid integer, found 'x'"),
         ("variants.lazy.evaluate={prompts: [1]}", "variants.lazy.evaluate.prompts.0: must be a valid string, found 1"),

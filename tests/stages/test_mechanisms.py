@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from stages import pretrain
 from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted
-from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
+from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny, with_side_text
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 
 MIXES_NOTHING = {"mlp"}  # a token changes its own position only
@@ -67,7 +67,7 @@ def test_large_random_weights_decode_and_stay_causal(mixer: str, fields: dict[st
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bfloat16_autocast_stays_near_float32(mixer: str) -> None:
-    model = Transformer(tiny(mixer), VOCAB).eval()
+    model = with_side_text(Transformer(tiny(mixer), VOCAB)).eval()
     tokens = some_tokens(2, 24)
     expected = model(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
