@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest.mock import patch
 
 from pipeline.execute import StageTask, execute_stage, map_in_processes
 from pipeline.experiment import Experiment, PretrainResources, StageResources
@@ -154,22 +154,22 @@ class RayBackend:
         import ray
 
         self._ray = ray
-        on_sigterm = signal.getsignal(signal.SIGTERM)
+        # ray.init takes SIGTERM for itself and ends the process at once: runs were left RUNNING by `ray job stop`.
+        keep_sigterm = patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None)  # noqa: ARG005
         try:
-            ray.init(
-                address="local" if own else address,
-                include_dashboard=False if own else None,
-                configure_logging=True,
-                logging_level="WARNING",
-                log_to_driver=True,
-            )
+            with keep_sigterm:
+                ray.init(
+                    address="local" if own else address,
+                    include_dashboard=False if own else None,
+                    configure_logging=True,
+                    logging_level="WARNING",
+                    log_to_driver=True,
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Refusal(
                 f"Ray cluster at {address}: cannot be joined: {_first_line(error)}; if it asks for a token, set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
-        # ray.init takes SIGTERM for itself and ends the process at once: runs were left RUNNING by `ray job stop`.
-        signal.signal(signal.SIGTERM, on_sigterm)
         totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.capacity = Capacity(
             cpus=sum(r.get("CPU", 0.0) for r in totals),
@@ -178,15 +178,16 @@ class RayBackend:
             node_gpus=max((r.get("GPU", 0.0) for r in totals), default=0.0),
         )
         demands = {node_id: demand_of(node, experiment, self.capacity) for node_id, node in nodes.items()}
-        self._dag_nodes: dict[str, Any] = {}
+        self._stage = ray.remote(_stage_task)
         self.dag = self._declare(nodes, demands)
+        self._declared = _declared_nodes(self.dag)
         self._running: dict[Any, str] = {}
 
     def _declare(self, nodes: Mapping[str, Node], demands: Mapping[str, Demand]) -> Any:
         """The experiment as a Ray DAG: `InputNode[node id]` carries each node's StageTask."""
         from ray.dag import InputNode, MultiOutputNode
 
-        stage = self._ray.remote(_stage_task)
+        bound: dict[str, Any] = {}
         with InputNode() as tasks:
             for node in nodes.values():
                 demand = demands[node.id]
@@ -196,14 +197,15 @@ class RayBackend:
                     "num_gpus": demand.task_gpus,
                     "max_retries": 0,
                 }
-                upstream = [self._dag_nodes[origin] for origin in node.inputs.values()]
-                self._dag_nodes[node.id] = stage.options(**options).bind(tasks[node.id], *upstream)
-        return MultiOutputNode([self._dag_nodes[node_id] for node_id in nodes])
+                upstream = [bound[origin] for origin in node.inputs.values()]
+                bound[node.id] = self._stage.options(**options).bind(tasks[node.id], *upstream)
+        return MultiOutputNode(list(bound.values()))
 
     def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:  # noqa: ARG002
         """Submit one declared node; its upstream nodes are replaced by their (cached or fresh) results."""
-        options = self._dag_nodes[task.node_id].get_options()
-        reference = self._ray.remote(_stage_task).options(**options).remote(task, *input_paths)
+        options, upstream = self._declared[task.node_id]
+        assert len(upstream) == len(input_paths), f"{task.node_id} is declared on {upstream}"
+        reference = self._stage.options(**options).remote(task, *input_paths)
         self._running[reference] = task.node_id
 
     def poll(self, timeout_s: float) -> list[Finished]:
@@ -229,6 +231,27 @@ class RayBackend:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _declared_nodes(dag: Any) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:
+    """Walk a declared DAG bottom up: options and upstream node ids by node id.
+
+    `DAGNode.execute()` is deprecated since Ray 2.56 and cannot leave out what is cached, so the walker submits nodes.
+    """
+    from ray.dag import FunctionNode
+
+    declared: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {}
+
+    def visit(node: Any) -> Any:
+        if not isinstance(node, FunctionNode):
+            return node
+        options = node.get_options()
+        _, *upstream = node.get_args()  # the stage task, then the upstream nodes, already replaced by their ids
+        declared[options["name"]] = (options, tuple(upstream))
+        return options["name"]
+
+    dag.apply_recursive(visit)
+    return declared
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from pipeline.store import Entry, Generation, Store
 from stages.configs import StageConfig
 from stages.contract import Refusal
 
+FORCED = "forced"  # marks the scratch of a forced execution
 STAGES = ("tokenize", "pretrain", "evaluate", "sparsity", "report")
 UPSTREAM = {"pretrain": ("tokenize",), "evaluate": ("tokenize", "pretrain"), "sparsity": ("tokenize", "pretrain")}
 
@@ -147,6 +148,8 @@ def _decide_one(node: Node, store: Store, plan: Plan, forced: set[str], full_che
     if node.id in forced:
         decision.forced = True
         decision.reasons.insert(0, "forced")
+    elif generation is not None and was_forced(entry):
+        decision.reasons.insert(0, "a forced execution was interrupted, will resume")
     if decision.damage is not None:
         decision.reasons.insert(0, f"damaged: {decision.damage}")
     elif generation is None:
@@ -169,6 +172,11 @@ def _stored(entry: Entry, full_check: bool) -> tuple[Generation | None, str | No
         return None, None
     damage = generation.problem(full=full_check)
     return (None, damage) if damage is not None else (generation, None)
+
+
+def was_forced(entry: Entry) -> bool:
+    """Whether an execution that was forced beside a stored result has not ended well yet."""
+    return (entry.scratch / FORCED).exists()
 
 
 def _resumable(entry: Entry) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 from model.config import parameter_count
 from pipeline.experiment import Experiment
 from pipeline.plan import Plan
-from stages.configs import PretrainConfig, TokenizeConfig
+from pipeline.store import Generation
+from stages.configs import EvaluateConfig, PretrainConfig, SparsityConfig, TokenizeConfig
 from stages.contract import Refusal
 from stages.corpus import SourceSummary, check_source, pin, source_identity
 
@@ -35,11 +37,50 @@ def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True
     File hashes are cached below the root, unless `write_cache` is false and nothing was written there yet.
     """
     cache = root / "cache" if write_cache or root.exists() else None
-    min_tokens = max(variant.pretrain.seq_len for variant in experiment.variants.values()) + 1
+    min_tokens = 1 + max(
+        length
+        for variant in experiment.variants.values()
+        for length in (variant.pretrain.seq_len, variant.sparsity.seq_len, *variant.evaluate.context_lengths)
+    )
     config = pin(experiment.tokenize)
     summary = check_source(config, cache, min_tokens=min_tokens)
     pinned = experiment.model_copy(update={"tokenize": config})
     return Sources(pinned, summary, source_identity(config, cache))
+
+
+def check_root(root: Path) -> None:
+    """Refuse a root that cannot be written: below a file, on a read-only file system, with an impossible name."""
+    try:
+        existing = next(p for p in (root, *root.parents) if p.exists())
+    except OSError as error:
+        raise Refusal(f"the root {root} is not usable: {error.strerror}; choose another with --root") from error
+    if not existing.is_dir():
+        raise Refusal(f"the root {root} is not usable: {existing} is a file; choose another with --root")
+    if not os.access(existing, os.W_OK):
+        raise Refusal(f"the root {root} is not usable: {existing} is not writable; choose another with --root")
+
+
+def check_lengths(plan: Plan, corpus: Generation) -> None:
+    """Refuse windows that the tokenized corpus cannot fill, before anything trains on it."""
+    splits = corpus.manifest["facts"]["splits"]
+    for decision in plan.values():
+        config = decision.node.config
+        if decision.action != "run":
+            continue
+        needs: list[tuple[str, str, int]] = []
+        if isinstance(config, PretrainConfig):
+            needs = [("pretrain.seq_len", split, config.seq_len) for split in ("train", "validation")]
+        elif isinstance(config, EvaluateConfig):
+            needs = [("evaluate.context_lengths", "validation", max(config.context_lengths))]
+        elif isinstance(config, SparsityConfig):
+            needs = [("sparsity.seq_len", "validation", config.seq_len)]
+        for key, split, length in needs:
+            tokens = splits[split]["tokens"]
+            if tokens < length + 1:
+                raise Refusal(
+                    f"{decision.node.id}: {key}={length} needs {length + 1} tokens, but the {split} split has "
+                    f"{tokens:,}; lower it, give more text, or change tokenize.validation_fraction"
+                )
 
 
 def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from pipeline.document import read_document
 from pipeline.tracking import EXPERIMENT_FILE
+from pipeline.tracking_uri import first_touch
 from stages.contract import Refusal
 
 
@@ -16,7 +18,15 @@ def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri=uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.exists():
+        raise Refusal(
+            f"rerun {run_id}: nothing was ever logged to {uri}; name the root of the run with --root, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with first_touch(uri, database.parent):
+        client = MlflowClient(tracking_uri=uri)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:

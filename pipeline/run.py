@@ -21,7 +21,7 @@ from pipeline import lease
 from pipeline.experiment import Experiment, resolve_root
 from pipeline.fingerprint import canonical
 from pipeline.plan import Plan, Selection, build_nodes, decide
-from pipeline.preflight import check_disk, inspect_sources
+from pipeline.preflight import check_disk, check_root, inspect_sources
 from pipeline.progress import Display
 from pipeline.store import Generation, Store
 from pipeline.tracking import Tracker
@@ -57,12 +57,11 @@ def make_plan(experiment: Experiment, root: Path, selection: Selection, full_che
 def run_experiment(experiment: Experiment, options: RunOptions, console: Console) -> int:
     """Execute an experiment; returns the exit code."""
     root = resolve_root(experiment, options.root)
+    check_root(root)
     plan, corpus_bytes = make_plan(experiment, root, options.selection, full_check=True)
     to_run = [d for d in plan.values() if d.action == "run"]
     if not to_run:
-        console.print(
-            f"{experiment.name}: everything asked for is cached below {root}", highlight=False, soft_wrap=True
-        )
+        _say(console, f"{experiment.name}: everything asked for is cached below {root}")
         print_report(plan["report"].generation, root, console)
         return DONE
     uri = tracking_uri(root)
@@ -76,10 +75,7 @@ def run_experiment(experiment: Experiment, options: RunOptions, console: Console
     print_plan(plan, console)
     for decision in to_run:
         if decision.damage is not None:
-            console.print(
-                f"warning: {decision.node.id} is recomputed: {decision.damage}", highlight=False, soft_wrap=True
-            )
-    root.mkdir(parents=True, exist_ok=True)
+            _say(console, f"warning: {decision.node.id} is recomputed: {decision.damage}")
     with caught_signals() as caught:
         return _execute(experiment, options, console, plan, store, uri, me, caught)
 
@@ -100,13 +96,22 @@ def _execute(
     from pipeline.backends import Backend, LocalBackend, RayBackend, demand_of
 
     nodes = {node_id: d.node for node_id, d in plan.items()}
+    workers = experiment.resources.pretrain.workers
+    if options.local and workers > 1 and any(d.action == "run" and d.node.stage == "pretrain" for d in plan.values()):
+        raise Refusal(
+            f"resources.pretrain.workers={workers}: --local trains in one process; set it to 1 or leave --local out"
+        )
+    store.root.mkdir(parents=True, exist_ok=True)
+    caught.on_signal = lambda: False  # until there is a walk to stop, a signal is only remembered
     backend: Backend = LocalBackend() if options.local else RayBackend(options.address, nodes, experiment)
     display = Display(console, list(plan))
     try:
+        if caught.number is not None:
+            _say(console, "interrupted")
+            return 128 + caught.number
         for node in nodes.values():
             demand_of(node, experiment, backend.capacity)
-        tracker = Tracker(uri, store.root, experiment, me)
-        tracker.start(plan, pipeline_key(plan), me.command, options.rerun_of)
+        tracker = start_tracking(uri, experiment, plan, store, me, options.rerun_of)
         walk = Walk(
             plan,
             store,
@@ -138,7 +143,7 @@ def _execute(
     finally:
         backend.close()
     if killed:
-        console.print("interrupted; the next run resumes from here", highlight=False)
+        _say(console, "interrupted; the next run goes on from here")
         return 128 + (caught.number or signal.SIGINT)
     if failed:
         return print_failures(outcomes, console)
@@ -146,6 +151,25 @@ def _execute(
         print_report(report.generation, store.root, console)
     print_where_to_look(report.generation, store.root, uri, tracker.parent_id, console)
     return DONE
+
+
+def start_tracking(
+    uri: str, experiment: Experiment, plan: Plan, store: Store, me: lease.Holder, rerun_of: str | None
+) -> Tracker:
+    """The tracker with its parent run open. What MLflow cannot open is refused: nothing was computed yet."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        tracker = Tracker(uri, store.root, experiment, me)
+        tracker.start(plan, pipeline_key(plan), me.command, rerun_of)
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"MLflow at {uri} cannot be used: {type(error).__name__}: {reason}; correct MLFLOW_TRACKING_URI, or move a "
+            "damaged database away (the stage store does not need it)"
+        ) from error
+    return tracker
 
 
 def pipeline_key(plan: Plan) -> str:
@@ -189,6 +213,7 @@ def caught_signals() -> Iterator[CaughtSignal]:
     try:
         yield caught
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(128 + (caught.number or signal.SIGINT)) from None
     finally:
         for number, handler in previous.items():
@@ -196,6 +221,11 @@ def caught_signals() -> Iterator[CaughtSignal]:
 
 
 # ---- what is printed
+
+
+def _say(console: Console, text: str) -> None:
+    """A line of text as it is: paths may hold what rich takes for markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_plan(plan: Plan, console: Console) -> None:

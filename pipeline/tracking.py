@@ -64,9 +64,9 @@ class Tracker:
         self._me = me
         self._troubled = False
         self._pipeline = ""
-        mlflow.set_tracking_uri(uri)
-        self.client = MlflowClient(tracking_uri=uri)
-        with first_touch(uri, root):
+        with first_touch(uri, root):  # the client itself creates or migrates the schema
+            mlflow.set_tracking_uri(uri)
+            self.client = MlflowClient(tracking_uri=uri)
             self.experiment_id = self._experiment_id()
         self.parent_id = ""
 
@@ -127,12 +127,8 @@ class Tracker:
         )
         if not runs or runs[0].info.status not in ("RUNNING", "KILLED"):
             return None
-        if runs[0].info.status == "RUNNING":
-            try:
-                if is_alive(Holder(**json.loads(runs[0].data.tags["lazypipe.owner"]))) is not False:
-                    return None
-            except (KeyError, ValueError, TypeError):
-                return None
+        if runs[0].info.status == "RUNNING" and not _owner_is_dead(runs[0].data.tags):
+            return None
         return str(runs[0].info.run_id)
 
     def _log_documents(self, plan: Plan, code: CodeVersion) -> None:
@@ -150,10 +146,28 @@ class Tracker:
             self.client.log_artifact(self.parent_id, str(file))
 
     def link(self, node: Node, generation: Generation) -> None:
-        """Point from the parent run to the run that computed a cached stage."""
-        run_id = generation.manifest.get("tracking", {}).get("run_id", "")
+        """Point from the parent run to the run that computed a cached stage.
+
+        A driver killed between a commit and its last words to MLflow leaves that run open: it is completed here.
+        """
+        tracking = generation.manifest.get("tracking", {})
+        run_id = tracking.get("run_id", "")
         target = f"{generation.id} (run {run_id})" if run_id else generation.id
-        self._safely(lambda: self.client.set_tag(self.parent_id, f"lazypipe.cached.{node.id}", target))
+
+        def connect() -> None:
+            self.client.set_tag(self.parent_id, f"lazypipe.cached.{node.id}", target)
+            if run_id and tracking.get("uri") == self.uri and self._abandoned(run_id):
+                self.finish_child(self._logged_so_far(run_id, generation.path / METRICS), node, generation)
+
+        self._safely(connect)
+
+    def _abandoned(self, run_id: str) -> bool:
+        """Whether a stage's run is still open although nobody is executing it."""
+        run = self.client.get_run(run_id)
+        parent_id = run.data.tags.get("mlflow.parentRunId", "")
+        if run.info.status != "RUNNING" or run.info.lifecycle_stage != "active":
+            return False
+        return parent_id == self.parent_id or _owner_is_dead(self.client.get_run(parent_id).data.tags)
 
     def finish(self, status: str, report: Generation | None) -> None:
         """Close the parent run; a report's numbers, page and pictures are logged on it."""
@@ -239,14 +253,17 @@ class Tracker:
         run_id = run.info.run_id
         self.client.update_run(run_id, status="RUNNING")
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        last = -1
-        for name in run.data.metrics:
-            last = max([last, *(point.step for point in self.client.get_metric_history(run_id, name))])
-        child = ChildRun(run_id, attempt, last_step=last, streamed=set(run.data.metrics))
+        child = self._logged_so_far(run_id, attempt)
         for directory in leftovers:
             child.metrics_file, child.offset = directory / METRICS, 0
             self.pump(child)
         return child
+
+    def _logged_so_far(self, run_id: str, metrics_file: Path) -> ChildRun:
+        """A run as it is on the server: its last step, and the metrics it has."""
+        names = set(self.client.get_run(run_id).data.metrics)
+        steps = [point.step for name in names for point in self.client.get_metric_history(run_id, name)]
+        return ChildRun(run_id, metrics_file, last_step=max(steps, default=-1), streamed=names)
 
     def pump(self, child: ChildRun) -> None:
         """Log the complete lines of metrics.jsonl that were not logged yet."""
@@ -378,6 +395,13 @@ class Tracker:
             return False
         self._troubled = False
         return True
+
+
+def _owner_is_dead(tags: Mapping[str, str]) -> bool:
+    try:
+        return is_alive(Holder(**json.loads(tags["lazypipe.owner"]))) is False
+    except (KeyError, ValueError, TypeError):
+        return False
 
 
 def _code_tags(code: CodeVersion) -> dict[str, str]:

@@ -14,11 +14,15 @@ from urllib.parse import urlsplit
 from stages.contract import Refusal
 
 PROBE_TIMEOUT_S = 3.0
+SQLITE_HEADER = b"SQLite format 3\0"
 
 
 def tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, else a database below the root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):  # workers and later commands may stand in another directory
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
 
 
 def probe(uri: str) -> None:
@@ -38,16 +42,24 @@ def probe(uri: str) -> None:
             f"MLflow tracking URI {uri} is unreachable: {reason}; start the server, correct MLFLOW_TRACKING_URI, "
             "or unset it to log to a local database"
         )
-    if parts.scheme in ("", "file"):
+    if parts.scheme in ("", "file") and uri != "databricks":
         raise Refusal(
             f"MLflow tracking URI {uri!r} is a file store, which MLflow no longer accepts; "
             "use sqlite:///path/to/mlflow.db or the address of an MLflow server"
         )
     if parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+        database = Path(uri.removeprefix("sqlite:///"))
+        if database.is_file() and database.stat().st_size and not _starts_with(database, SQLITE_HEADER):
+            raise Refusal(f"MLflow tracking URI {uri}: {database} is not a SQLite database; move it away")
+        folder = database.parent
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         if not os.access(existing, os.W_OK):
             raise Refusal(f"MLflow tracking URI {uri}: {existing} is not writable; choose another root or URI")
+
+
+def _starts_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from pipeline.backends import Backend, Demand, Finished, demand_of
 from pipeline.execute import LeaseLostError, StageTask
 from pipeline.experiment import Experiment
 from pipeline.lease import Heartbeat, Holder, acquire, held_by, release
-from pipeline.plan import Decision, Plan
+from pipeline.plan import FORCED, Decision, Plan, was_forced
+from pipeline.preflight import check_lengths
 from pipeline.progress import Display
 from pipeline.store import MANIFEST, Generation, Store, read_generation
 from pipeline.tracking import ChildRun, Tracker
@@ -79,6 +80,9 @@ class Walk:
             else:
                 self.outcomes[node_id] = Outcome(decision.action, decision.generation)
                 self.display.set(node_id, decision.action)
+        corpus = self.outcomes["tokenize"].generation
+        if corpus is not None:
+            check_lengths(self.plan, corpus)
         demands = {d.node.id: demand_of(d.node, self.experiment, self.backend.capacity) for d in self._to_run()}
         finished_pumping = threading.Event()
         pump = threading.Thread(target=self._pump_until, args=(finished_pumping,), daemon=True)
@@ -94,6 +98,10 @@ class Walk:
                     self._settle(finished)
         except KeyboardInterrupt:
             self._stop_all()
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to hear of
+                self._stop_all()
+            raise
         finally:
             finished_pumping.set()
             pump.join()
@@ -133,7 +141,10 @@ class Walk:
         holder = acquire(entry.path, self.me)
         if holder is not None:
             if not self.wait:
-                raise Refusal(f"{node.id}: {holder.describe()} is executing it now; leave --no-wait out to wait for it")
+                held = Refusal(f"{holder.describe()} is executing it now; leave --no-wait out to wait for it")
+                self.outcomes[node.id] = Outcome("failed", error=held)
+                self.display.set(node.id, "failed", str(held))
+                return False
             if node.id not in self._announced:
                 self._announced.add(node.id)
                 self.display.note(f"{node.id}: waiting for {holder.describe()}, which is executing the same recipe")
@@ -149,7 +160,10 @@ class Walk:
             self.tracker.link(node, stored)
             return True
         name = entry.next_generation()
-        scratch = entry.open_scratch({k: g.id for k, g in used.items()}, fresh=decision.forced)
+        resumes_forced = was_forced(entry)
+        scratch = entry.open_scratch({k: g.id for k, g in used.items()}, fresh=decision.forced and not resumes_forced)
+        if decision.forced or resumes_forced:
+            (scratch / FORCED).touch()
         output_dir = entry.path / name
         child = self.tracker.open_child(node, scratch, output_dir, entry.uncommitted(), self.rerun_of)
         swept = entry.sweep()
@@ -184,6 +198,9 @@ class Walk:
             self.backend.submit(task, [str(generation.path) for generation in used.values()], demand)
         except Refusal as refusal:
             self._settle(Finished(node.id, None, refusal))
+        except BaseException:
+            self._drop(node.id)  # it never ran, or ran here and was interrupted
+            raise
         return True
 
     def _made_meanwhile(self, decision: Decision, inputs: dict[str, Generation]) -> Generation | None:
@@ -217,6 +234,9 @@ class Walk:
                 self.tracker.log_corpus(running.child.run_id, outcome.generation, "tokenized")
                 self.tracker.log_corpus(self.tracker.parent_id, outcome.generation, "training")
             self.display.set(node.id, "done", _headline(outcome.generation))
+            if node.stage == "tokenize":
+                self._release(running.directory)
+                check_lengths(self.plan, outcome.generation)
         elif isinstance(finished.error, Interrupted):
             self._killed(running)
         elif isinstance(finished.error, LeaseLostError):
@@ -235,7 +255,8 @@ class Walk:
         self.outcomes[node_id].state = "killed"
         self._discard_output(running)
         self.tracker.fail_child(running.child, "KILLED", "")
-        self.display.set(node_id, "killed", "resumes with the next run")
+        resumes = running.decision.node.stage == "pretrain"
+        self.display.set(node_id, "killed", "resumes with the next run" if resumes else "")
 
     def _discard_output(self, running: Running) -> None:
         """Remove the uncommitted generation of an execution that ended; its scratch (checkpoints) stays."""

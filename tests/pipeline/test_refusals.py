@@ -25,6 +25,10 @@ SOURCE = "tokenize.source={{kind: files, paths: ['{folder}/{name}']}}"
         ([SOURCE.format(folder="{tmp}", name="empty.txt")], "empty"),
         ([SOURCE.format(folder="{tmp}", name="torn.jsonl.gz")], "torn.jsonl.gz"),
         ([SOURCE.format(folder="{tmp}", name="other.parquet")], "text"),
+        (["evaluate.context_lengths=[16,4000]"], "evaluate.context_lengths=4000 needs 4001 tokens"),
+        (["sparsity.seq_len=100000"], "100001 are needed"),
+        (["resources.pretrain.workers=2", "--local"], "--local trains in one process"),
+        (["--root", "{tmp}/empty.txt"], "empty.txt is a file"),
         (["--only", "tokenize", "--force", "pretrain/lazy"], "--only tokenize leaves out"),
         (["--only", "evaluat/lazy"], "did you mean 'evaluate/lazy'?"),
     ],
@@ -40,7 +44,7 @@ def test_a_refusal_names_the_problem_before_any_compute(tmp_path: Path, override
     result = lazypipe("run", config, *(o.replace("{tmp}", str(tmp_path)) for o in overrides))
     assert result.returncode == 2, result.stdout + result.stderr
     assert expected in result.stderr and "Traceback" not in result.stderr
-    assert not list((tmp_path / "output").glob("store/*/*/g*"))
+    assert not list((tmp_path / "output").glob("store/pretrain/*/g*"))
 
 
 def test_an_unreachable_tracking_server_is_refused_within_seconds(tmp_path: Path) -> None:
@@ -48,6 +52,17 @@ def test_an_unreachable_tracking_server_is_refused_within_seconds(tmp_path: Path
     result = lazypipe("run", config, timeout=15, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert result.returncode == 2 and "http://127.0.0.1:9 is unreachable" in result.stderr
     assert not (tmp_path / "output" / "store").exists()
+
+
+def test_a_damaged_tracking_database_is_refused(tmp_path: Path) -> None:
+    config = write_experiment(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "mlflow.db").write_text("garbage")
+    result = lazypipe("run", config, "--local")
+    assert result.returncode == 2 and "is not a SQLite database" in result.stderr
+    absent = lazypipe("rerun", "abcdef", "--root", tmp_path / "nowhere")
+    assert absent.returncode == 2 and "nothing was ever logged" in absent.stderr
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
