@@ -33,7 +33,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lazypipe run configs/quickstart.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+
 import pytest
 
 from tests.pipeline.tiny import FinishedRun, lazypipe, write_experiment
@@ -9,9 +12,16 @@ from tests.pipeline.tiny import FinishedRun, lazypipe, write_experiment
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """`lazypipe run tiny.yaml` on its own Ray cluster, ended with exit code 0."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = write_experiment(folder)
-    result = lazypipe("run", config)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return FinishedRun(config, folder / "output", result.stdout)
+    """`lazypipe run tiny.yaml` on its own Ray cluster, ended with exit code 0; one for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished_run"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = folder / "stdout.txt"
+        config = folder / "tiny.yaml"
+        if not said.exists():
+            result = lazypipe("run", write_experiment(folder))
+            assert result.returncode == 0, result.stdout + result.stderr
+            said.write_text(result.stdout, encoding="utf-8")
+    return FinishedRun(config, folder / "output", said.read_text(encoding="utf-8"))
