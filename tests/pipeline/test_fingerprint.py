@@ -122,6 +122,12 @@ def test_only_what_differs_is_kept_at_any_depth() -> None:
     assert identity(PretrainConfig(model=ModelConfig(num_layers=4))) == {}
 
 
+def test_a_pattern_is_the_same_written_as_a_list_or_held_as_a_tuple() -> None:
+    typed = PretrainConfig.model_validate_json('{"model": {"mixer": "mlp", "pattern": [1, 4]}}', strict=True)
+    assert canonical(identity(typed)) == '{"model":{"mixer":"mlp","pattern":[1,4]}}'
+    assert identity(PretrainConfig(model=ModelConfig(pattern="uniform", qk_norm=False))) == {}
+
+
 def test_how_a_stage_runs_is_not_what_it_computes() -> None:
     config = PretrainConfig(
         kernel="blockwise", checkpoint_every=1, keep_checkpoints=9, log_every=7, validate_every=3, steps=10
