@@ -11,7 +11,6 @@ A generation without a manifest is a leftover of a crash and is swept by the nex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -73,16 +72,35 @@ class Entry:
     def current(self) -> Generation | None:
         """The valid generation, or None. Its files are not checked here: see Generation.problem.
 
-        Raises OSError or ValueError when `current` names a generation whose manifest cannot be read: see `damage`.
+        Without a `current` file, the newest committed generation whose files are intact: a kill came between its
+        manifest and `current`, or somebody deleted `current`. Raises OSError or ValueError when there are committed
+        generations but none of them can be used, or when `current` names one that cannot be read: see `damage`.
         """
         try:
             name = (self.path / "current").read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            return None
+            return self._newest_intact()
         return read_generation(self.path / name)
 
+    def _newest_intact(self) -> Generation | None:
+        problems = []
+        for directory in reversed(self._generations()):
+            if not (directory / MANIFEST).exists():
+                continue
+            try:
+                generation = read_generation(directory)
+                problem = generation.problem()
+            except (OSError, ValueError) as error:
+                problem = str(error)
+            if problem is None:
+                return generation
+            problems.append(problem)
+        if problems:
+            raise ValueError(f"missing, and no generation beside it is intact ({'; '.join(problems)})")
+        return None
+
     def damage(self) -> str | None:
-        """Why `current` names a generation that cannot be read, or None."""
+        """Why the generation that `current` names, or stood for, cannot be read; or None."""
         try:
             self.current()
         except (OSError, ValueError) as error:
@@ -93,7 +111,9 @@ class Entry:
         return f"g{max((int(p.name[1:]) for p in self._generations()), default=0) + 1:04d}"
 
     def _generations(self) -> list[Path]:
-        return sorted(p for p in self.path.glob("g*") if re.fullmatch("g[0-9]{4,}", p.name) and p.is_dir())
+        """Oldest first; by number, for g10000 sorts before g9999."""
+        found = [p for p in self.path.glob("g*") if re.fullmatch("g[0-9]{4,}", p.name) and p.is_dir()]
+        return sorted(found, key=lambda p: int(p.name[1:]))
 
     def uncommitted(self) -> list[Path]:
         """Directories of generations without a manifest: of a running execution, or left behind by a crash."""
@@ -127,7 +147,10 @@ class Entry:
         directory = self.path / name
         full = {**manifest, "format": MANIFEST_FORMAT, "generation": name, "files": dict(_listed(directory))}
         write_atomically(directory / MANIFEST, json.dumps(full, indent=1, sort_keys=True) + "\n")
-        write_atomically(self.path / "current", name + "\n")
+        current = self.path / "current"
+        if current.is_dir() and not current.is_symlink():  # never made here, and a file cannot be renamed over it
+            shutil.rmtree(current)
+        write_atomically(current, name + "\n")
         shutil.rmtree(self.scratch, ignore_errors=True)
         return read_generation(directory)
 
@@ -187,9 +210,3 @@ class Store:
             if entry.damage() is None and (generation := entry.current()) is not None:
                 found.append(generation)
         return sorted(found, key=lambda g: str(g.manifest.get("created", "")))
-
-
-def content_digest(generation: Generation) -> str:
-    """sha256 over the names and hashes of a generation's files: equal for equal results."""
-    lines = "\n".join(f"{name} {entry['sha256']}" for name, entry in sorted(generation.manifest["files"].items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
