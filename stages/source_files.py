@@ -6,6 +6,7 @@ Imports only the standard library, so that planning stays instant.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import glob
 import gzip
@@ -127,9 +128,11 @@ def file_facts(files: Iterable[SourceFile], cache_dir: Path | None) -> Iterator[
             added[key] = {"stamp": stamp, **asdict(facts)}
         yield facts
     if added and cache_path is not None:
-        cache_path.parent.mkdir(parents=True, exist_ok=True)
-        # Read again: another process may have added its files meanwhile. Losing an entry only costs a second pass.
-        write_atomically(cache_path, json.dumps(_load_cache(cache_path) | added), durable=False)
+        # Read again: another process may have added its files meanwhile. Losing an entry only costs a second pass, and
+        # so does a folder that cannot be written to.
+        with contextlib.suppress(OSError):
+            cache_path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache_path, json.dumps(_load_cache(cache_path) | added), durable=False)
 
 
 def _expand(pattern: str) -> list[Path]:

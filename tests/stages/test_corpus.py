@@ -105,6 +105,22 @@ def test_a_damaged_cache_is_ignored(tmp_path, content):
     assert source_identity(files_config(path), tmp_path)["source"]["files"][0]["sha256"] == file_sha256(path)
 
 
+@pytest.mark.parametrize("fails", ["mkdir", "open", "replace"])
+def test_a_cache_that_cannot_be_written_fails_nothing(tmp_path, monkeypatch, fails):
+    (tmp_path / "a.txt").write_text("one")
+    working = getattr(Path, fails)
+
+    def denied(path: Path, *arguments: object, **keywords: object) -> object:
+        if "cache" in path.parts:
+            raise OSError(30, "Read-only file system")
+        return working(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, fails, denied)
+    config = files_config(tmp_path / "a.txt")
+    assert source_identity(config, tmp_path / "cache") == source_identity(config, None)
+    assert check_source(config, tmp_path / "cache").bytes == 3
+
+
 def test_overlapping_globs_and_links_name_a_file_once(tmp_path):
     for name in ("b file.txt", "a.txt"):
         (tmp_path / name).write_text(name)
