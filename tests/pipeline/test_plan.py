@@ -103,6 +103,18 @@ def test_an_interrupted_stage_says_so(tmp_path: Path) -> None:
     assert plan["pretrain/standard"].reasons[0] == "nothing stored for this recipe"
 
 
+def test_an_interrupted_forced_stage_is_taken_up_again(tmp_path: Path) -> None:
+    nodes = nodes_of()
+    store = filled(tmp_path, nodes)
+    entry = store.entry("pretrain", nodes["pretrain/lazy"].fingerprint)
+    (entry.open_scratch({}, fresh=True) / "forced").touch()
+    plan = decide(nodes, store, Selection())
+    assert plan["pretrain/lazy"].reasons == ["a forced execution was interrupted, will resume"]
+    assert running(plan) == ["pretrain/lazy", "evaluate/lazy", "sparsity/lazy", "report"]
+    commit(store, nodes, "pretrain/lazy")
+    assert "pretrain/lazy" not in running(decide(nodes, store, Selection()))
+
+
 def test_damage_is_named_and_recomputed_with_everything_below(tmp_path: Path) -> None:
     nodes = nodes_of()
     store = filled(tmp_path, nodes)

@@ -13,6 +13,7 @@ from pipeline import lease
 from pipeline.experiment import load_experiment
 from pipeline.plan import Plan, Selection
 from pipeline.run import make_plan
+from pipeline.store import Store
 from pipeline.tracking import Tracker
 from pipeline.tracking_uri import probe
 from stages.contract import Refusal
@@ -73,6 +74,25 @@ def test_a_resumed_stage_goes_on_in_its_run_without_repeating_steps(
     (tmp_path / "g0002" / "metrics.jsonl").write_text(line(3, loss=2.2) + line(4, loss=2.0) + line(5, loss=1.9))
     tracker.pump(second)
     assert steps(tracker, first.run_id) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_left_open_after_its_commit_is_completed(tracked: tuple[Tracker, Plan, Path], tmp_path: Path) -> None:
+    tracker, plan, _ = tracked
+    node = plan["evaluate/standard"].node
+    (tmp_path / "scratch").mkdir()
+    child = tracker.open_child(node, tmp_path / "scratch", tmp_path / "g0001", [], None)
+    store = Store(tmp_path)
+    output = store.entry("evaluate", node.fingerprint).path / "g0001"
+    output.mkdir(parents=True)
+    (output / "metrics.jsonl").write_text(line(1, loss=3.0))
+    body = {"fingerprint": node.fingerprint, "config": {}, "inputs": {}, "metrics": {"perplexity": 20.0}, "facts": {}}
+    generation = store.entry("evaluate", node.fingerprint).commit(
+        "g0001", {**body, "tracking": {"uri": tracker.uri, "run_id": child.run_id}}
+    )
+    tracker.link(node, generation)  # the driver was killed before it could say so to MLflow
+    run = tracker.client.get_run(child.run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 3.0, "perplexity": 20.0}
+    assert tracker.client.get_run(tracker.parent_id).data.tags[f"lazypipe.cached.{node.id}"].startswith(generation.id)
 
 
 def test_a_server_that_goes_away_costs_no_stage(
