@@ -7,6 +7,7 @@ text and jsonl they import only the standard library.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -17,10 +18,23 @@ from typing import Any
 
 from stages.configs import FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
 from stages.contract import Refusal
-from stages.source_files import FileFacts, SourceFile, absolute_patterns, file_facts, source_files
+from stages.source_files import (
+    FileFacts,
+    SourceFile,
+    absolute_patterns,
+    file_facts,
+    looks_like_a_path,
+    open_text_bytes,
+    source_files,
+)
 
 # Rows of each jsonl file that are parsed while planning; the rest is checked when it is read.
 _ROWS_CHECKED = 16
+_BYTE_ORDER_MARKS = {  # the first that fits decides: a UTF-32 mark begins like one of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +57,24 @@ def pin(config: TokenizeConfig, base: Path | None = None) -> TokenizeConfig:
     tokenizer: Any = config.tokenizer
     if source.kind == "files":
         source = source.model_copy(update={"paths": absolute_patterns(source.paths, base)})
-    elif source.kind == "hub" and not Path(source.dataset).is_dir():
+    elif source.kind == "hub" and not _is_directory(source.dataset, "source.dataset"):
         commit = resolve_commit("dataset", source.dataset, source.revision)
         source = source.model_copy(update={"revision": commit})
     if isinstance(tokenizer, FileTokenizer):
         tokenizer = tokenizer.model_copy(update={"path": absolute_patterns([tokenizer.path], base)[0]})
-    elif isinstance(tokenizer, HubTokenizer) and not Path(tokenizer.name).is_dir():
+    elif isinstance(tokenizer, HubTokenizer) and not _is_directory(tokenizer.name, "tokenizer.name"):
         commit = resolve_commit("model", tokenizer.name, tokenizer.revision)
         tokenizer = tokenizer.model_copy(update={"revision": commit})
     return config.model_copy(update={"source": source, "tokenizer": tokenizer})
+
+
+def _is_directory(name: str, key: str) -> bool:
+    """Whether a hub name is a local directory; a path to nothing is refused instead of looked for on the hub."""
+    if Path(name).is_dir():
+        return True
+    if looks_like_a_path(name):
+        raise Refusal(f"{key}: there is no such directory: {name!r}; correct the path, or give a name on the hub")
+    return False
 
 
 def source_identity(config: TokenizeConfig, cache_dir: Path | None) -> dict[str, Any]:
@@ -102,11 +125,14 @@ def check_source(config: TokenizeConfig, cache_dir: Path | None, *, min_tokens: 
     facts = list(file_facts(files, cache_dir))
     if all(found.blank for found in facts):
         raise Refusal(f"the corpus is empty: no text in {_names(files)}; give files that hold text")
+    _refuse_other_encodings(files, facts)
     if config.invalid_utf8 == "refuse":
         _refuse_invalid_utf8(files, facts)
     column = getattr(config.source, "text_column", "text")
     for file in files:
         _check_rows(file, column)
+    if all(found.blank or _without_rows(file) for file, found in zip(files, facts, strict=True)):
+        raise Refusal(f"the corpus is empty: no row of text in {_names(files)}; give files that hold text")
     size = sum(found.text_bytes for found in facts)
     max_tokens = None
     # A Parquet file may hold more text than bytes (repeated values are stored once), so it bounds nothing.
@@ -133,10 +159,39 @@ def _check_rows(file: SourceFile, column: str) -> None:
         if column not in columns:
             raise Refusal(f"{str(file.path)!r} lacks the text column {missing_column(column, columns)}")
         if not columns[column]:
-            raise Refusal(
-                f"{str(file.path)!r}: column {column!r} holds no text (its type is not string or binary); set "
-                f"source.text_column to one of {', '.join(repr(name) for name, text in columns.items() if text)}"
+            others = ", ".join(repr(name) for name, text in columns.items() if text)
+            remedy = (
+                f"set source.text_column to one of {others}"
+                if others
+                else "nor does any other column; write the file with one that does"
             )
+            raise Refusal(
+                f"{str(file.path)!r}: column {column!r} holds no text (its type is not string or binary); {remedy}"
+            )
+
+
+def _without_rows(file: SourceFile) -> bool:
+    """Whether the footer of a Parquet file says so; any other file is blank then."""
+    if file.format != "parquet":
+        return False
+    from stages.rows import parquet_row_count
+
+    return parquet_row_count(file) == 0
+
+
+def _refuse_other_encodings(files: Iterable[SourceFile], facts: Iterable[FileFacts]) -> None:
+    """Refuse text that begins with another encoding's byte order mark: read as UTF-8 it is half NUL characters."""
+    for file, found in zip(files, facts, strict=True):
+        if found.invalid_utf8_at != 0:  # all these marks begin with FF or FE, which UTF-8 never holds
+            continue
+        with open_text_bytes(file) as stream:
+            start = stream.read(4)
+        for mark, encoding in _BYTE_ORDER_MARKS.items():
+            if start.startswith(mark):
+                raise Refusal(
+                    f"{str(file.path)!r} is {encoding} text (it begins with the bytes {mark.hex(' ').upper()}), "
+                    f"expected UTF-8; convert it with `iconv -f {encoding} -t UTF-8`"
+                )
 
 
 def _refuse_invalid_utf8(files: Iterable[SourceFile], facts: Iterable[FileFacts]) -> None:

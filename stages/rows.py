@@ -114,6 +114,13 @@ def parquet_row_groups(file: SourceFile, column: str) -> list[int]:
     return sizes
 
 
+def parquet_row_count(file: SourceFile) -> int:
+    """Rows of a Parquet file, as its footer counts them."""
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(file.path).num_rows)
+
+
 def parquet_text_columns(path: Path) -> dict[str, bool]:
     """Column names of a Parquet file -> whether the column holds text. Refusal when it is no Parquet file."""
     import pyarrow as pa

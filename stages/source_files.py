@@ -103,6 +103,11 @@ def absolute_patterns(paths: Iterable[str], base: Path) -> tuple[str, ...]:
     return tuple(str(base / Path(path).expanduser()) for path in paths)
 
 
+def looks_like_a_path(name: str) -> bool:
+    """Whether the name of a dataset or tokenizer can only be a path: names on the hub begin with a letter or digit."""
+    return name.startswith(("/", "~", "./", "../")) or name in (".", "..")
+
+
 def open_text_bytes(file: SourceFile) -> IO[bytes] | gzip.GzipFile:
     """The decompressed bytes of a text or jsonl file."""
     if file.gzip:

@@ -151,8 +151,8 @@ def test_pin_makes_paths_absolute_and_changes_no_identity(tmp_path, monkeypatch)
         ("empty.txt", b"", "the corpus is empty"),
         ("blank.txt", b" \n\t\n", "the corpus is empty"),
         ("bad.txt.gz", b"not gzip", "not an intact gzip file"),
-        ("cut.txt.gz", gzip.compress(b"some text" * 100)[:-12], "not an intact gzip file"),
-        ("crc.txt.gz", gzip.compress(b"some text")[:-8] + b"12345678", "not an intact gzip file"),
+        ("cut.txt.gz", gzip.compress(b"some text" * 100, mtime=0)[:-12], "not an intact gzip file"),
+        ("crc.txt.gz", gzip.compress(b"some text", mtime=0)[:-8] + b"12345678", "not an intact gzip file"),
         ("bad.parquet", b"not parquet at all", "not a readable Parquet file"),
         ("bad.jsonl", b'{"text": "a"}\nnot json\n', r"bad.jsonl:2 is not a JSON object"),
         ("column.jsonl", b'{"texts": "a"}\n', "lacks the text column 'text'; it has 'texts'; did you mean 'texts'"),
@@ -165,6 +165,34 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
     text = refusal(files_config(tmp_path / name))
     assert message in text
     assert name in text
+
+
+UTF_16 = "words in two bytes each\n" * 5
+
+
+@pytest.mark.parametrize("ending", ["txt", "txt.gz", "jsonl"])
+@pytest.mark.parametrize(
+    ("data", "encoding", "mark"),
+    [
+        (UTF_16.encode("utf-16-le"), "UTF-16", b"\xff\xfe"),
+        (UTF_16.encode("utf-16-be"), "UTF-16", b"\xfe\xff"),
+        (UTF_16.encode("utf-32-le"), "UTF-32", b"\xff\xfe\x00\x00"),
+    ],
+)
+def test_text_in_another_encoding_is_refused_by_its_name(tmp_path, ending, data, encoding, mark):
+    assert (mark + data).decode(encoding) == UTF_16
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(mark + data, mtime=0) if ending.endswith("gz") else mark + data)
+    (tmp_path / "fine.txt").write_text("text")
+    text = refusal(files_config(tmp_path / "fine.txt", path))
+    assert f"{str(path)!r} is {encoding} text (it begins with the bytes {mark.hex(' ').upper()})" in text
+    assert f"`iconv -f {encoding} -t UTF-8`" in text
+
+
+def test_other_bytes_that_are_not_utf8_may_begin_a_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\x00 words")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfwords")
+    assert check_source(files_config(tmp_path / "*.txt"), None).files == 2
 
 
 def test_a_misspelt_file_gets_the_nearest_name(tmp_path):
@@ -197,6 +225,26 @@ def test_parquet_needs_the_text_column(tmp_path):
     assert "lacks the text column 'text'; it has 'content', 'id'" in text
     assert "set source.text_column to one of 'content'" in refusal(files_config(path, source={"text_column": "id"}))
     assert check_source(files_config(path, source={"text_column": "content"}), None).files == 1
+
+
+@pytest.mark.parametrize("kind", [pa.null(), pa.struct([("a", pa.string())]), pa.list_(pa.string())])
+def test_parquet_without_any_text_column_gets_a_whole_sentence(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([None, None], kind)}), path)
+    text = refusal(files_config(path))
+    assert text.endswith(
+        "(its type is not string or binary); nor does any other column; write the file with one that does"
+    )
+
+
+def test_parquet_files_without_rows_are_an_empty_corpus(tmp_path):
+    empty, full = tmp_path / "empty.parquet", tmp_path / "full.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), empty)
+    pq.write_table(pa.table({"text": ["a"]}), full)
+    (tmp_path / "blank.txt").write_text(" \n")
+    assert f"the corpus is empty: no row of text in {empty}" in refusal(files_config(empty))
+    assert "the corpus is empty" in refusal(files_config(empty, tmp_path / "blank.txt"))
+    assert check_source(files_config(empty, full), None).files == 2
 
 
 @pytest.mark.parametrize("data", [b"abc\xff", b"ab\xc3", b"x" * (2**20 - 1) + "é".encode() + b"\xe9 "])
@@ -258,3 +306,14 @@ def test_an_unreachable_hub_is_refused_quickly_and_says_what_was_tried(monkeypat
     commit = "0123456789abcdef0123456789abcdef01234567"
     config = TokenizeConfig(source={**hub, "revision": commit})
     assert source_identity(config, None)["source"] == {"commit": commit}
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./absent", "../absent", "~/absent-folder"])
+def test_a_path_to_no_directory_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr("stages.hub.resolve_commit", lambda *_: pytest.fail("asked the hub"))
+    for part, key in (
+        ({"source": {"kind": "hub", "dataset": name}}, "source.dataset"),
+        ({"tokenizer": {"kind": "hub", "name": name}}, "tokenizer.name"),
+    ):
+        with pytest.raises(Refusal, match=rf"{key}: there is no such directory: '{name}'"):
+            pin(TokenizeConfig(**part))
