@@ -163,7 +163,7 @@ class EvaluateConfig(StageConfig):
 
     STAGE_VERSION: ClassVar[int] = 1
 
-    context_lengths: tuple[int, ...] = Field(
+    context_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (64, 128, 256, 512),
         min_length=1,
         description="perplexity is measured at each; beyond max_seq_len counts as extrapolation",
@@ -178,13 +178,6 @@ class EvaluateConfig(StageConfig):
     seed: int = Field(0, ge=0, description="seed of sampling")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
     batch_tokens: int = operational(8192, gt=0, description="tokens per forward pass")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for length in self.context_lengths:
-            if length < 1:
-                raise ValueError(f"context_lengths holds {length}; every context length is at least 1 token")
-        return self
 
 
 class SparsityConfig(StageConfig):
