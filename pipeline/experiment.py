@@ -25,6 +25,8 @@ from stages.configs import (
     EvaluateConfig,
     FilesSource,
     FileTokenizer,
+    HubSource,
+    HubTokenizer,
     PretrainConfig,
     ReportConfig,
     SparsityConfig,
@@ -32,6 +34,7 @@ from stages.configs import (
     TokenizeConfig,
 )
 from stages.contract import Refusal
+from stages.source_files import looks_like_a_path
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
@@ -204,7 +207,19 @@ def _absolute_paths(document: Document) -> Document:
         source["paths"] = [_absolute(p) if isinstance(p, str) else p for p in source["paths"]]
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
         tokenizer["path"] = _absolute(tokenizer["path"])
+    for part, key in ((source, "dataset"), (tokenizer, "name")):
+        if isinstance(part, dict) and part.get("kind") == "hub" and isinstance(part.get(key), str):
+            part[key] = _absolute_directory(part[key])
     return document
+
+
+def _absolute_directory(name: str) -> str:
+    """A hub name that is a local directory or can only be a path, made absolute; any other as it is.
+
+    Whether there is such a directory is asked when planning, for it may be on the cluster only.
+    """
+    path = _absolute(name)
+    return path if looks_like_a_path(name) or (name and Path(path).is_dir()) else name
 
 
 def _absolute(path: str) -> str:
@@ -217,9 +232,13 @@ def resolve_root(experiment: Experiment | None, root_option: str | None) -> Path
     """Where everything is written: LAZYPIPE_HOME > --root > storage.root > 'output', absolute."""
     chosen = os.environ.get("LAZYPIPE_HOME") or root_option or (experiment.storage.root if experiment else "output")
     try:
-        return Path(chosen).expanduser().resolve()
+        root = Path(chosen).expanduser().resolve()
+        existing = next(p for p in (root, *root.parents) if p.exists())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL character, an unknown ~user, a loop of links
         raise Refusal(f"the root {chosen!r} is not a usable path: {error}; choose another with --root") from error
+    if not existing.is_dir():
+        raise Refusal(f"the root {str(root)!r} is not a directory: {existing} is a file; choose another with --root")
+    return root
 
 
 def check(
@@ -312,6 +331,10 @@ def source_files(config: TokenizeConfig) -> list[str]:
     paths: list[str] = []
     if isinstance(config.source, FilesSource):
         paths += config.source.paths
+    if isinstance(config.source, HubSource) and looks_like_a_path(config.source.dataset):
+        paths.append(config.source.dataset)
     if isinstance(config.tokenizer, FileTokenizer):
         paths.append(config.tokenizer.path)
+    if isinstance(config.tokenizer, HubTokenizer) and looks_like_a_path(config.tokenizer.name):
+        paths.append(config.tokenizer.name)
     return paths

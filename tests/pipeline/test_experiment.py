@@ -120,6 +120,33 @@ def test_paths_become_absolute_and_keep_their_globs(monkeypatch: pytest.MonkeyPa
     assert isinstance(again.tokenize.source, FilesSource) and again.tokenize == experiment.tokenize
 
 
+def test_hub_names_that_are_directories_or_can_only_be_paths_become_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "some" / "corpus").mkdir(parents=True)
+
+    def hub(dataset: str, name: str) -> Experiment:
+        return small(
+            tokenize={"source": {"kind": "hub", "dataset": dataset}, "tokenizer": {"kind": "hub", "name": name}}
+        )
+
+    def names(experiment: Experiment) -> tuple[str, str]:
+        parts = experiment.document["tokenize"]
+        assert experiment.tokenize == compose(experiment.document).tokenize
+        return parts["source"]["dataset"], parts["tokenizer"]["name"]
+
+    local = hub("some/corpus", "../elsewhere")
+    assert names(local) == (str(tmp_path / "some" / "corpus"), str(tmp_path.parent / "elsewhere"))
+    assert source_files(local.tokenize) == list(names(local))
+    assert names(hub("~/corpus", "./t")) == ("/home/somebody/corpus", str(tmp_path / "t"))
+    remote = hub("some/dataset", "gpt2")
+    assert names(remote) == ("some/dataset", "gpt2") and source_files(remote.tokenize) == []
+    with pytest.raises(Refusal, match=r"tokenize\.source\.dataset: must have at least 1 character"):
+        hub("", "gpt2")
+
+
 def test_composing_leaves_its_argument_alone_and_its_document_composes_to_the_same() -> None:
     before = json.dumps(SMALL)
     experiment = compose(SMALL)
@@ -211,7 +238,11 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
         ("evaluate.context_lengths=[]", "evaluate.context_lengths: must have at least 1 item, found []"),
         ("evaluate.context_lengths=64", "evaluate.context_lengths: must be a list, found 64"),
         ("evaluate.context_lengths=[64, a]", "evaluate.context_lengths.1: must be a valid integer, found 'a'"),
-        ("evaluate.context_lengths=[0]", "context_lengths holds 0; every context length is at least 1 token"),
+        ("evaluate.context_lengths=[64, 0]", "evaluate.context_lengths.1: must be greater than 0, found 0"),
+        (
+            "variants.lazy.evaluate.context_lengths=[0]",
+            "variants.lazy.evaluate.context_lengths.0: must be greater than 0, found 0",
+        ),
         ("tokenize.validation_fraction=1", "tokenize.validation_fraction: must be less than 1, found 1"),
         ("tokenize.source=embedded", "tokenize.source: must be a mapping, found 'embedded'"),
         ("tokenize.source={kind: fils}", "tokenize.source.kind: 'fils' is not one of 'embedded', 'files', 'hub'"),
@@ -240,6 +271,15 @@ def test_a_mistake_gets_one_sentence(tmp_path: Path, override: str, expected: st
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert "pydantic" not in str(refusal.value)
+
+
+def test_a_root_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "output"
+    file.write_text("text")
+    for root in (file, file / "below"):
+        with pytest.raises(Refusal, match=r"the root '.*' is not a directory: .*output is a file.*--root"):
+            resolve_root(None, str(root))
+    assert resolve_root(None, str(tmp_path / "new" / "root")) == tmp_path / "new" / "root"
 
 
 def test_several_mistakes_are_counted() -> None:
