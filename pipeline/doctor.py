@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.execute import RECORDED_VERSIONS
 from pipeline.experiment import resolve_root
@@ -43,7 +44,8 @@ def diagnose(root_option: str | None, as_json: bool, console: Console) -> int:
     else:
         table = Table(box=None, pad_edge=False, show_header=False)
         for name, ok, detail in checks:
-            table.add_row("[green]ok[/]" if ok else "[bold red]missing[/]", name, detail)
+            # As Text: a path with brackets is no markup.
+            table.add_row(Text("ok", "green") if ok else Text("missing", "bold red"), Text(name), Text(detail))
         console.print(table)
     return 0 if all(ok for _, ok, _ in checks) else 1
 
