@@ -89,6 +89,8 @@ def _type(annotation: object) -> str:
         return " or ".join("null" if a is type(None) else _type(a) for a in arguments)
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
+    if origin is typing.Annotated:
+        return _type(arguments[0])
     return {"str": "text", "int": "integer", "float": "number", "bool": "true/false"}.get(
         getattr(annotation, "__name__", ""), str(annotation)
     )
