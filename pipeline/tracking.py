@@ -12,11 +12,9 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.code_version import CodeVersion, code_version
 from pipeline.document import dump_yaml
@@ -24,11 +22,10 @@ from pipeline.experiment import Experiment
 from pipeline.fingerprint import flatten
 from pipeline.lease import Holder, is_alive
 from pipeline.plan import Node, Plan
-from pipeline.store import MANIFEST, Generation
+from pipeline.store import Generation
+from pipeline.tracking_upload import flat_facts, log_files, log_model, log_params, log_points
 from pipeline.tracking_uri import first_touch
 
-MAX_ARTIFACT_BYTES = 64 * 2**20  # larger files stay in the store and are linked by path
-LINKED_SUFFIXES = (".arrow",)  # token shards: data, not results
 EXPERIMENT_FILE = "experiment.yaml"
 METRICS = "metrics.jsonl"
 
@@ -58,6 +55,9 @@ class Tracker:
         import mlflow
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow.store.db.utils").setLevel(
+            logging.WARNING
+        )  # "Creating initial MLflow database tables"
         self.uri = uri
         self.experiment = experiment
         self._root = root
@@ -109,7 +109,7 @@ class Tracker:
         else:
             run = self.client.create_run(self.experiment_id, tags=tags, run_name=self.experiment.name)
             self.parent_id = run.info.run_id
-            self._log_params(self.parent_id, flatten(self.experiment.document))
+            log_params(self.client, self.parent_id, flatten(self.experiment.document))
         self._log_documents(plan, code)
         for decision in plan.values():
             if decision.action == "cached" and decision.generation is not None:
@@ -174,7 +174,7 @@ class Tracker:
 
         def close() -> None:
             if report is not None:
-                self._log_metrics(self.parent_id, report.manifest["metrics"], step=0)
+                log_points(self.client, self.parent_id, report.manifest["metrics"], step=0)
                 for name in report.manifest["files"]:
                     folder = Path(name).parent.as_posix()
                     self.client.log_artifact(self.parent_id, str(report.path / name), None if folder == "." else folder)
@@ -231,7 +231,7 @@ class Tracker:
             params |= {"stage": node.stage, "experiment": self.experiment.name}
             if node.variant is not None:
                 params["variant"] = node.variant
-            self._log_params(child.run_id, params)
+            log_params(self.client, child.run_id, params)
         attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
         return child
 
@@ -301,17 +301,17 @@ class Tracker:
 
         def close() -> None:
             final = {k: v for k, v in generation.manifest["metrics"].items() if k not in child.streamed}
-            self._log_metrics(child.run_id, final, step=max(child.last_step, 0))
-            for key, value in _flat_facts(generation.manifest["facts"]).items():
+            log_points(self.client, child.run_id, final, step=max(child.last_step, 0))
+            for key, value in flat_facts(generation.manifest["facts"]).items():
                 self.client.set_tag(child.run_id, f"fact.{key}", value)
             self.client.set_tag(child.run_id, "lazypipe.path", str(generation.path))
-            self._log_files(child.run_id, generation)
+            log_files(self.client, child.run_id, generation)
             self.client.set_terminated(child.run_id, status="FINISHED")
 
         if child.run_id:
             self.pump(child)
             self._safely(close)
-            self._safely(lambda: self._log_model(child.run_id, node, generation))
+            self._safely(lambda: log_model(self.client, self.experiment_id, child.run_id, node, generation))
 
     def log_corpus(self, run_id: str, corpus: Generation, context: str) -> None:
         """Attach the tokenized corpus as an MLflow dataset; its digest is the first 32 of its fingerprint."""
@@ -345,43 +345,6 @@ class Tracker:
 
     # ---- what the methods above share
 
-    def _log_files(self, run_id: str, generation: Generation) -> None:
-        for name, entry in [*generation.manifest["files"].items(), (MANIFEST, {"size": 0})]:
-            if name.endswith((*LINKED_SUFFIXES, ".safetensors")) or entry["size"] > MAX_ARTIFACT_BYTES:
-                continue
-            folder = Path(name).parent.as_posix()
-            self.client.log_artifact(run_id, str(generation.path / name), None if folder == "." else folder)
-
-    def _log_model(self, run_id: str, node: Node, generation: Generation) -> None:
-        """A pretrained model becomes a LoggedModel holding its safetensors checkpoint, if that is small enough."""
-        checkpoint = generation.path / "checkpoint"
-        if node.stage != "pretrain" or _size(checkpoint) > MAX_ARTIFACT_BYTES:
-            return
-        model = self.client.create_logged_model(
-            self.experiment_id,
-            name=str(node.variant),
-            source_run_id=run_id,
-            tags={"lazypipe.fingerprint": node.fingerprint},
-            params={"mixer": str(generation.manifest["config"]["model"]["mixer"])},
-        )
-        self.client.log_model_artifacts(model.model_id, str(checkpoint))
-        self.client.finalize_logged_model(model.model_id, "READY")
-
-    def _log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        stamp = int(time.time() * 1000)
-        points = [Metric(name, float(value), stamp, step) for name, value in metrics.items()]
-        for start in range(0, len(points), 1000):
-            self.client.log_batch(run_id, metrics=points[start : start + 1000])
-
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
-        for start in range(0, len(entries), 100):
-            self.client.log_batch(run_id, params=entries[start : start + 100])
-
     def _safely(self, action: Callable[[], object]) -> bool:
         """Tracking is a by-product of hours of compute: an error is said once and retried with the next batch."""
         from mlflow.exceptions import MlflowException
@@ -409,12 +372,3 @@ def _code_tags(code: CodeVersion) -> dict[str, str]:
     if code.commit is not None:
         tags |= {"mlflow.source.git.commit": code.commit, "lazypipe.git.dirty": str(code.dirty).lower()}
     return tags
-
-
-def _flat_facts(facts: Mapping[str, Any]) -> dict[str, str]:
-    flat = flatten(facts)
-    return {key: str(value)[:500] for key, value in flat.items() if not isinstance(value, (list, tuple, dict))}
-
-
-def _size(directory: Path) -> int:
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

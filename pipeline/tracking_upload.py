@@ -1,0 +1,68 @@
+"""What a finished stage leaves in MLflow: numbers, parameters, small files, its checkpoint as a LoggedModel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.fingerprint import flatten
+from pipeline.plan import Node
+from pipeline.store import MANIFEST, Generation
+
+if TYPE_CHECKING:  # mlflow takes seconds to import; a cached run never needs it
+    from mlflow import MlflowClient
+
+MAX_ARTIFACT_BYTES = 64 * 2**20  # larger files stay in the store and are linked by path
+# Token shards are data, not results; weights go into the LoggedModel.
+LINKED_SUFFIXES = (".arrow", ".safetensors")
+
+
+def log_files(client: MlflowClient, run_id: str, generation: Generation) -> None:
+    """Pictures, tables, pages and the manifest; what is large or linked stays in the store."""
+    for name, entry in [*generation.manifest["files"].items(), (MANIFEST, {"size": 0})]:
+        if name.endswith(LINKED_SUFFIXES) or entry["size"] > MAX_ARTIFACT_BYTES:
+            continue
+        folder = Path(name).parent.as_posix()
+        client.log_artifact(run_id, str(generation.path / name), None if folder == "." else folder)
+
+
+def log_model(client: MlflowClient, experiment_id: str, run_id: str, node: Node, generation: Generation) -> None:
+    """A pretrained model becomes a LoggedModel holding its safetensors checkpoint, if that is small enough."""
+    checkpoint = generation.path / "checkpoint"
+    if node.stage != "pretrain" or sum(p.stat().st_size for p in checkpoint.rglob("*")) > MAX_ARTIFACT_BYTES:
+        return
+    model = client.create_logged_model(
+        experiment_id,
+        name=str(node.variant),
+        source_run_id=run_id,
+        tags={"lazypipe.fingerprint": node.fingerprint},
+        params={"mixer": str(generation.manifest["config"]["model"]["mixer"])},
+    )
+    client.log_model_artifacts(model.model_id, str(checkpoint))
+    client.finalize_logged_model(model.model_id, "READY")
+
+
+def log_points(client: MlflowClient, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    """One point per metric, in batches of what MLflow takes at once."""
+    from mlflow.entities import Metric
+
+    stamp = int(time.time() * 1000)
+    points = [Metric(name, float(value), stamp, step) for name, value in metrics.items()]
+    for start in range(0, len(points), 1000):
+        client.log_batch(run_id, metrics=points[start : start + 1000])
+
+
+def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
+    for start in range(0, len(entries), 100):
+        client.log_batch(run_id, params=entries[start : start + 100])
+
+
+def flat_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Scalar facts as tag values, at most 500 characters each."""
+    flat = flatten(facts)
+    return {key: str(value)[:500] for key, value in flat.items() if not isinstance(value, (list, tuple, dict))}
