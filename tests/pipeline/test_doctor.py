@@ -28,6 +28,7 @@ def test_brackets_in_a_path_are_no_markup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console, name: str
 ) -> None:
     monkeypatch.delenv("LAZYPIPE_HOME", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # an earlier test may have made mlflow set it
     monkeypatch.setattr(doctor, "_probed", lambda uri: uri)
     doctor.diagnose(str(tmp_path / name), False, console)
     show_status(None, [], str(tmp_path / name), False, console)
