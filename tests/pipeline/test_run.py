@@ -76,26 +76,21 @@ def test_a_second_run_is_cached_and_imports_nothing_heavy(finished_run: Finished
         "heavy = sorted({'torch', 'ray', 'mlflow'} & set(sys.modules))\n"
         "print(f'HEAVY {heavy} CODE {code}')"
     )
-    started = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(finished_run.config)],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seconds = time.perf_counter() - started
-    assert "HEAVY [] CODE 0" in result.stdout, result.stdout + result.stderr
-    assert "validation loss" in result.stdout.lower() or "loss" in result.stdout.lower()
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be at other tests as well
+        started = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(finished_run.config)],
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seconds.append(time.perf_counter() - started)
+        assert "HEAVY [] CODE 0" in result.stdout, result.stdout + result.stderr
+        assert "val loss" in result.stdout
     assert len(mlflow_runs(finished_run.root)) == before
-    assert seconds < 2.0 or not _idle(), f"a cached run took {seconds:.1f} s"
-
-
-def _idle() -> bool:
-    """Whether the machine's load leaves a core to measure on."""
-    import os
-
-    return os.getloadavg()[0] < (os.cpu_count() or 1)
+    assert min(seconds) < 2.0, f"cached runs took {seconds} s"
 
 
 def test_force_recomputes_one_stage_and_the_report(run_copy: FinishedRun) -> None:
