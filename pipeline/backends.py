@@ -18,7 +18,7 @@ from unittest.mock import patch
 from pipeline.execute import StageTask, execute_stage, map_in_processes
 from pipeline.experiment import Experiment, PretrainResources, StageResources
 from pipeline.plan import Node
-from stages.contract import Refusal
+from stages.contract import Refusal, first_line
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class RayBackend:
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Refusal(
-                f"Ray cluster at {address}: cannot be joined: {_first_line(error)}; if it asks for a token, set "
+                f"Ray cluster at {address}: cannot be joined: {first_line(error)}; if it asks for a token, set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
         totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -252,10 +252,6 @@ def _declared_nodes(dag: Any) -> dict[str, tuple[dict[str, Any], tuple[str, ...]
 
     dag.apply_recursive(visit)
     return declared
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _stage_task(task: StageTask, *input_paths: str) -> str:

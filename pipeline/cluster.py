@@ -28,7 +28,7 @@ from rich.console import Console
 
 from pipeline.experiment import Experiment, load_experiment, source_files
 from pipeline.job_package import EXPERIMENT_FILE, START_SCRIPT_FILE, write_job_package
-from stages.contract import Refusal
+from stages.contract import Refusal, first_line
 
 PROBE_TIMEOUT_S = 3.0
 AGENT_DEADLINE_S = 60.0  # after `ray start` the head's agent needs 5 to 20 s before it takes jobs
@@ -175,9 +175,9 @@ def _connect(url: str) -> Any:
     try:
         return JobSubmissionClient(url)
     except AuthenticationError as error:
-        raise Refusal(f"Ray cluster at {url}: {_first_line(error)}; {TOKEN_HINT}") from error
+        raise Refusal(f"Ray cluster at {url}: {first_line(error)}; {TOKEN_HINT}") from error
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise Refusal(f"{url} does not answer as a Ray dashboard: {_first_line(error)}") from error
+        raise Refusal(f"{url} does not answer as a Ray dashboard: {first_line(error)}") from error
 
 
 def _submit(client: Any, url: str, experiment: Experiment, place: JobPlace, directory: str, console: Console) -> str:
@@ -238,7 +238,7 @@ def _follow(client: Any, job_id: str) -> int:
         except (OSError, RuntimeError) as error:
             problem = error
         if time.monotonic() - last_contact > LOST_DEADLINE_S:
-            print(f"error: lost {job_id}: {_first_line(problem)}; it may be going on", file=sys.stderr, flush=True)
+            print(f"error: lost {job_id}: {first_line(problem)}; it may be going on", file=sys.stderr, flush=True)
             return 1
         time.sleep(RETRY_S)
 
@@ -279,10 +279,6 @@ def check_join(address: str) -> None:
         raise Refusal(
             f"Ray cluster at {address} is unreachable: {error}; start it (ray start --head) or correct --address"
         ) from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _last_line(error: BaseException) -> str:

@@ -27,11 +27,6 @@ class CodeVersion:
         digest = hashlib.sha256(self.diff.encode()).hexdigest() if self.diff else None
         return {"commit": self.commit, "dirty": self.dirty, "diff_sha256": digest, "sources_sha256": self.sources}
 
-    def __str__(self) -> str:
-        if self.commit is None:
-            return f"sources {self.sources[:12]}"
-        return self.commit[:12] + ("+changes" if self.dirty else "")
-
 
 @cache
 def sources_digest() -> str:

@@ -27,7 +27,7 @@ from pipeline.store import Generation, Store
 from pipeline.tracking import Tracker
 from pipeline.tracking_uri import probe, tracking_uri
 from pipeline.walk import Outcome, Walk
-from stages.contract import Refusal
+from stages.contract import Refusal, first_line
 from stages.report_table import terminal_rows
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -164,10 +164,9 @@ def start_tracking(
         tracker = Tracker(uri, store.root, experiment, me)
         tracker.start(plan, pipeline_key(plan), me.command, rerun_of)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refusal(
-            f"MLflow at {uri} cannot be used: {type(error).__name__}: {reason}; correct MLFLOW_TRACKING_URI, or move a "
-            "damaged database away (the stage store does not need it)"
+            f"MLflow at {uri} cannot be used: {type(error).__name__}: {first_line(error)}; correct "
+            "MLFLOW_TRACKING_URI, or move a damaged database away (the stage store does not need it)"
         ) from error
     return tracker
 

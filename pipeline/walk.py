@@ -24,7 +24,7 @@ from pipeline.preflight import check_lengths
 from pipeline.progress import Display
 from pipeline.store import MANIFEST, Generation, Store, read_generation
 from pipeline.tracking import ChildRun, Tracker
-from stages.contract import Interrupted, Refusal
+from stages.contract import Interrupted, Refusal, first_line
 
 POLL_S = 0.25
 PUMP_S = 1.0
@@ -247,7 +247,7 @@ class Walk:
             outcome.state, outcome.error, outcome.traceback = "failed", finished.error, finished.traceback
             self._discard_output(running)
             self.tracker.fail_child(running.child, "FAILED", finished.traceback or str(finished.error))
-            self.display.set(node.id, "failed", _first_line(finished.error))
+            self.display.set(node.id, "failed", first_line(finished.error))
         self._release(running.directory)
 
     def _killed(self, running: Running) -> None:
@@ -332,8 +332,3 @@ def _headline(generation: Generation) -> str:
     text = "  ".join(f"{name}={metrics[name]:,.4g}" for name in shown if name in metrics)
     resumed = generation.manifest.get("resumed_from")
     return f"{text}  resumed from step {resumed}" if resumed else text
-
-
-def _first_line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

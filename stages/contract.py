@@ -190,6 +190,11 @@ def checkpoint_problem(directory: Path) -> str | None:
     return None
 
 
+def first_line(error: BaseException | None) -> str:
+    """An error in one line, for a message around it: its first line that says something, else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.contract import Refusal
+from stages.contract import Refusal, first_line
 from stages.source_files import SourceFile, open_text_bytes
 
 _CHUNK = 2**20
@@ -129,7 +129,7 @@ def parquet_text_columns(path: Path) -> dict[str, bool]:
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        raise Refusal(f"{str(path)!r} is not a readable Parquet file ({_first_line(error)}); write it again") from None
+        raise Refusal(f"{str(path)!r} is not a readable Parquet file ({first_line(error)}); write it again") from None
     return {field.name: _is_text(field.type) for field in schema}
 
 
@@ -140,7 +140,3 @@ def _is_text(kind: Any) -> bool:
         kind = kind.value_type
     checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
     return any(check(kind) for check in checks)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
