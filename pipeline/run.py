@@ -91,7 +91,7 @@ def _execute(
     caught: CaughtSignal,
 ) -> int:
     # Before torch is imported, here and in every Ray worker: waiting OpenMP threads sleep instead of spinning. On two
-    # cores that other processes use as well, spinning made training 6 times slower.
+    # cores that other processes use as well, spinning made a loop of small operations 6 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipeline.backends import Backend, LocalBackend, RayBackend, demand_of
 
