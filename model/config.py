@@ -49,6 +49,7 @@ MixerName = Literal[
 
 WITHOUT_ATTENTION: frozenset[str] = frozenset({"mlp"})  # mixers that have no attention weights to analyse
 WITH_SIDE_SEQUENCE = frozenset({"random_qk", "text_qk"})  # mixers that read a side sequence of max_seq_len positions
+LAZY_SWITCHES = ("lazy_bias", "lazy_rope", "lazy_elastic", "lazy_tau_scope", "lazy_threshold")
 
 
 class ModelConfig(BaseModel):
@@ -83,6 +84,13 @@ class ModelConfig(BaseModel):
         -1.0, description="lazy: initial Elastic-Softmax offset tau (paper: -1, cuts below-average weights)"
     )
     bias_init_std: float = Field(1e-3, ge=0, description="lazy: standard deviation of the initial distance bias")
+    lazy_bias: bool = Field(True, description="lazy: the learnable distance bias (false: ablated)")
+    lazy_rope: bool = Field(True, description="lazy: RoPE on Q and K (false: ablated)")
+    lazy_elastic: bool = Field(True, description="lazy: Elastic-Softmax (false: tau = 0, softmax with the bias)")
+    lazy_tau_scope: Literal["head", "layer"] = Field("head", description="lazy: one tau per head, or one for a layer")
+    lazy_threshold: Literal["relative", "constant"] = Field(
+        "relative", description="lazy: tau / n_i is added to a weight of query i, or tau itself"
+    )
     sigmoid_bias: float | None = Field(None, description="sigmoid: b, added to every score; default: -log(max_seq_len)")
     sigmoid_bias_learnable: bool = Field(False, description="sigmoid: learn b per head, from the same start")
     swa_window: int = Field(128, gt=0, description="swa: keys a query sees, its own included")
@@ -113,7 +121,24 @@ class ModelConfig(BaseModel):
                 "every key/value head serves the same number of query heads"
             )
         standard_layers(self.pattern, self.num_layers)
+        for name in ("lazy_tau_scope", "lazy_threshold"):
+            if not self.lazy_elastic and name in self.changed_lazy_switches:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} says something about tau, and lazy_elastic=false has none; "
+                    "leave one of the two out"
+                )
+        if self.mixer == "lazy" and self.lazy_threshold == "constant" and self.tau_init <= -1:
+            raise ValueError(
+                f"tau_init={self.tau_init:g} with lazy_threshold=constant cuts every weight (none is above 1), and no "
+                "gradient would ever come back; set tau_init above -1, "
+                f"e.g. {-1 / self.max_seq_len:.2g} (-1 / max_seq_len)"
+            )
         return self
+
+    @property
+    def changed_lazy_switches(self) -> list[str]:
+        """The ablation switches of Lazy Attention that are not at their defaults."""
+        return [name for name in LAZY_SWITCHES if getattr(self, name) != type(self).model_fields[name].default]
 
     @property
     def head_dim(self) -> int:
@@ -168,7 +193,9 @@ def _mixer_parameters(config: ModelConfig, mixer: MixerName) -> int:
     attention = 2 * hidden * hidden + 2 * hidden * kv_size + (2 * config.head_dim if config.qk_norm else 0)
     match mixer:
         case "lazy":
-            return attention + config.num_heads * (config.max_bias_length + 1)
+            biases = config.num_heads * config.max_bias_length if config.lazy_bias else 0
+            thresholds = {"head": config.num_heads, "layer": 1}[config.lazy_tau_scope] if config.lazy_elastic else 0
+            return attention + biases + thresholds
         case "mlp":
             return 3 * hidden * config.mlp_mixer_size
         case "sink":

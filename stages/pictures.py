@@ -178,10 +178,10 @@ def attention_heat_map(weights: Array, layer: int, heads: Sequence[int], window_
     return figure
 
 
-def tau_heat_map(tau: Array, tau_init: float) -> Figure:
+def tau_heat_map(tau: Array, tau_init: float, relative: bool = True) -> Figure:
     """tau [layers, H] around its initial value: white has not moved, red keeps more weights, blue cuts more.
 
-    Layers of NaN, which have no tau, stay empty.
+    relative: the threshold is -tau/n, not -tau. Layers of NaN, which have no tau, stay empty.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -201,7 +201,7 @@ def tau_heat_map(tau: Array, tau_init: float) -> Figure:
     axes.set(xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.colorbar(image, ax=axes, label="τ: weights below −τ/n are cut")
+    figure.colorbar(image, ax=axes, label=f"τ: weights below −τ{'/n' if relative else ''} are cut")
     return figure
 
 

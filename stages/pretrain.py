@@ -58,6 +58,13 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             stacklevel=2,
         )
 
+    if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
+        warnings.warn(
+            f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
+            f"mixer={config.model.mixer} is not; they change nothing",
+            stacklevel=2,
+        )
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
     model = Transformer(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
@@ -157,7 +164,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "nonfinite_steps": state.nonfinite_steps,
             "threads": torch.get_num_threads(),
             "device": device.type,
-            "kernel": {"lazy": config.kernel, "standard": "sdpa"}.get(config.model.mixer, "torch"),
+            "kernel": kernel_used(config),
             "world_size": context.world_size,
             **preflight,
         },
@@ -169,7 +176,7 @@ def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, obj
 
     Empty where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
     """
-    if device.type != "cuda" or config.model.mixer != "lazy" or config.kernel in ("reference", "blockwise"):
+    if device.type != "cuda" or kernel_used(config) not in ("auto", "triton"):
         return {}
     from kernels.preflight import preflight
 
@@ -177,6 +184,13 @@ def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, obj
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     result = preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
     return {"preflight": result.description, "preflight_errors": result.errors, "preflight_bound": result.bound}
+
+
+def kernel_used(config: PretrainConfig) -> str:
+    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), or torch."""
+    if config.model.mixer == "lazy" and config.model.lazy_threshold == "relative":
+        return config.kernel
+    return "sdpa" if config.model.mixer == "standard" else "torch"
 
 
 def resume(model: Transformer, optimizer: torch.optim.AdamW, identity: dict[str, object], context: Context) -> RunState:
@@ -285,10 +299,13 @@ def lazy_numbers(
     validate: bool,
     step: int,
 ) -> dict[str, float]:
-    """tau by layer (mean over heads) and, now and then, the share of exactly-zero weights by layer; {} unless lazy."""
+    """tau by layer (mean over heads) and, now and then, the share of exactly-zero weights by layer.
+
+    {} without Elastic-Softmax.
+    """
     numbers = {}
     for index, layer in enumerate(model.layers):
-        if isinstance(layer.mixer, LazyAttention):
+        if isinstance(layer.mixer, LazyAttention) and layer.mixer.tau is not None:
             numbers[f"tau/layer_{index}"] = layer.mixer.tau.mean().item()
     if numbers and (validate or step % (SPARSITY_EVERY * config.log_every) == 0):
         sample = np.stack([read_window(shards, config.seq_len, w)[:-1] for w in windows[:SPARSITY_WINDOWS]])
@@ -299,7 +316,7 @@ def lazy_numbers(
 
 def summary(by_layer: dict[str, float], config: PretrainConfig) -> dict[str, float | None]:
     """Means over layers for the history table: tau_mean and sparsity of a lazy model, null where not measured."""
-    if config.model.mixer != "lazy":
+    if config.model.mixer != "lazy" or not config.model.lazy_elastic:
         return {}
     means: dict[str, float | None] = {}
     for column, prefix in (("tau_mean", "tau/"), ("sparsity", "sparsity/")):

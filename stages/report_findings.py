@@ -157,15 +157,21 @@ def _size(report: Mapping[str, Any]) -> str | None:
 
 
 def _movement(report: Mapping[str, Any]) -> str | None:
-    moved = [row for row in report["rows"] if row.get("tau_moved") is not None]
+    """An ablated Lazy Attention may have learned only one of the two."""
+    moved = [row for row in report["rows"] if row.get("tau_moved") is not None or row.get("bias_moved") is not None]
     if not moved:
         return None
-    ranked = sorted(moved, key=lambda row: row["tau_moved"], reverse=True)
-    parts = [
-        f"in {_name(row)} τ moved by up to {small(row['tau_moved'])} (to between {row['tau_min']:.3f} and "
-        f"{row['tau_max']:.3f}), the distance bias by up to {small(row['bias_moved'])}"
-        for row in ranked[:MAX_NAMES]
-    ]
+    ranked = sorted(moved, key=lambda row: row.get("tau_moved") or 0.0, reverse=True)
+    parts = []
+    for row in ranked[:MAX_NAMES]:
+        learned = []
+        if row.get("tau_moved") is not None:
+            reach = f"to between {row['tau_min']:.3f} and {row['tau_max']:.3f}"
+            learned.append(f"τ moved by up to {small(row['tau_moved'])} ({reach})")
+        if row.get("bias_moved") is not None:
+            subject = "the distance bias" if learned else "the distance bias moved"
+            learned.append(f"{subject} by up to {small(row['bias_moved'])}")
+        parts.append(f"in {_name(row)} {', '.join(learned)}")
     return "From their initial values, " + "; ".join(parts) + "."
 
 

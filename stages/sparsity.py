@@ -78,18 +78,22 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
     if model.attention_layers:
         _log_pictures(context, trained, before, {layer: maps[layer] for layer in model.attention_layers}, heads, config)
     metrics = summary(trained, before)
-    if taus is not None and biases is not None:
+    if taus is not None:
         tau_init = model.config.tau_init
-        _, initial_biases = lazy_parameters(untrained)
         metrics |= {
             "tau_mean": float(np.nanmean(taus)),
             "tau_min": float(np.nanmin(taus)),
             "tau_max": float(np.nanmax(taus)),
             "tau_moved": float(np.nanmax(np.abs(taus - tau_init))),
+        }
+        relative = model.config.lazy_threshold == "relative"
+        context.log_figure("tau_heat_map", pictures.tau_heat_map(taus, tau_init, relative))
+    if biases is not None:
+        _, initial_biases = lazy_parameters(untrained)
+        metrics |= {
             "bias_max": float(np.nanmax(np.abs(biases))),
             "bias_moved": float(np.nanmax(np.abs(biases - initial_biases))),
         }
-        context.log_figure("tau_heat_map", pictures.tau_heat_map(taus, tau_init))
         context.log_figure("bias_curves", pictures.bias_curves(biases))
     facts = {
         "windows": len(windows),
@@ -154,19 +158,22 @@ def chosen_heads(num_heads: int, count: int) -> list[int]:
     return sorted({round(head) for head in np.linspace(0, num_heads - 1, min(count, num_heads))})
 
 
-def lazy_parameters(model: Transformer) -> tuple[Array, Array] | tuple[None, None]:
-    """(tau [layers, H], bias [layers, H, W]) as float64, NaN in a hybrid's other layers; (None, None) without lazy."""
-    mixers = [layer.get_submodule("mixer") for layer in model.layers]
-    lazy = {index: mixer for index, mixer in enumerate(mixers) if isinstance(mixer, LazyAttention)}
-    if not lazy:
-        return None, None
+def lazy_parameters(model: Transformer) -> tuple[Array | None, Array | None]:
+    """(tau [layers, H], bias [layers, H, W]) as float64, NaN in a hybrid's other layers; None for what no layer has.
+
+    A tau shared by the heads of a layer stands at each of them.
+    """
     config = model.config
     taus = np.full((config.num_layers, config.num_heads), np.nan)
     biases = np.full((*taus.shape, config.max_bias_length), np.nan)
-    for index, mixer in lazy.items():
-        taus[index] = mixer.tau.detach().double().cpu().numpy()
-        biases[index] = mixer.bias.detach().double().cpu().numpy()
-    return taus, biases
+    for index, layer in enumerate(model.layers):
+        mixer = layer.get_submodule("mixer")
+        if isinstance(mixer, LazyAttention):
+            if mixer.tau is not None:
+                taus[index] = mixer.tau.detach().double().cpu().numpy()
+            if mixer.bias is not None:
+                biases[index] = mixer.bias.detach().double().cpu().numpy()
+    return (None if np.isnan(taus).all() else taus), (None if np.isnan(biases).all() else biases)
 
 
 def summary(trained: HeadMetrics, before: HeadMetrics) -> dict[str, float]:

@@ -156,6 +156,10 @@ class AttentionMixer(ProjectedMixer):
         q, k = self.unrotated(x)
         return apply_rope(q, rope), apply_rope(k, rope)
 
+    def by_weights(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of `attend` by way of `weights`."""
+        return self.weights(q, k).to(v.dtype) @ self.per_query_head(v)
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """q . k / sqrt(D) in float32, autocast or not, [B, H, Lq, Lk], before any mask."""
         keys = self.per_query_head(k.float())

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from kernels import lazy_attention
 from model.config import ModelConfig
 from model.mixers.interface import AttentionMixer, SideInputs
+from model.mixers.query_blocks import QUERY_ROWS, in_query_blocks, zero_share
 from model.mixers.standard import visible
 from model.rope import Rope
 
@@ -16,34 +17,58 @@ class LazyAttention(AttentionMixer):
 
     bias [H, W] and tau [H] stay float32 under autocast: at learning rate 1e-3 their updates vanish in bfloat16.
     `kernel` is the backend of `kernels.lazy_attention`.
+
+    Ablations (fields of the configuration): without the bias; q and k unrotated; without Elastic-Softmax, tau = 0; one
+    tau [1] for all heads; a constant threshold, max(softmax_j(s_ij) + tau, 0), for which there is no kernel: its rows
+    are formed by torch, a block of queries at a time. What is ablated is None and no parameter.
     """
 
     def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
         super().__init__(config)
         self.kernel = kernel
-        self.bias = nn.Parameter(torch.empty(config.num_heads, config.max_bias_length, dtype=torch.float32))
-        self.tau = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.rotates, self.relative = config.lazy_rope, config.lazy_threshold == "relative"
+        biases = (config.num_heads, config.max_bias_length)
+        self.bias = nn.Parameter(torch.empty(biases, dtype=torch.float32)) if config.lazy_bias else None
+        taus = 1 if config.lazy_tau_scope == "layer" else config.num_heads
+        self.tau = nn.Parameter(torch.empty(taus, dtype=torch.float32)) if config.lazy_elastic else None
+
+    def queries_and_keys(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor, Tensor]:
+        return super().queries_and_keys(x, rope, side) if self.rotates else self.unrotated(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lazy_attention(q, k, v, self.bias, self.tau, scale=self.scale, backend=self.kernel)
+        if not self.relative:
+            return in_query_blocks(self.by_weights, q, k, v)
+        bias, tau = self.bias_and_tau(q)
+        return lazy_attention(q, k, v, bias, tau, scale=self.scale, backend=self.kernel)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         query_len, key_len = q.shape[2], k.shape[2]
-        window = self.bias.shape[1]
+        bias, tau = self.bias_and_tau(q)
+        window = bias.shape[1]
         position = torch.arange(key_len - query_len, key_len, device=q.device)[:, None]
         distance = position - torch.arange(key_len, device=q.device)
-        bias = self.bias[:, distance.clamp(0, window - 1)].masked_fill(distance >= window, 0.0)
+        bias = bias[:, distance.clamp(0, window - 1)].masked_fill(distance >= window, 0.0)
         mask = visible(query_len, key_len, q.device)
         probs = torch.softmax((self.scores(q, k) + bias).masked_fill(~mask, -torch.inf), dim=-1)
+        offset = tau[:, None, None] / (position + 1) if self.relative else tau[:, None, None]
         # A tau above zero would lift the future too, so the mask comes after the max.
-        return torch.relu(probs + self.tau[:, None, None] / (position + 1)).masked_fill(~mask, 0.0)
+        return torch.relu(probs + offset).masked_fill(~mask, 0.0)
 
-    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
+    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:
+        if self.tau is None:
+            return None
         q, k = self.queries_and_keys(x, rope, side)
+        if not self.relative:
+            return zero_share(self._rows(q, k, QUERY_ROWS))
         v = self._heads(self.v_proj(x), self.kv_heads)
-        _, stats = lazy_attention(
-            q, k, v, self.bias, self.tau, scale=self.scale, backend=self.kernel, return_stats=True
-        )
+        bias, tau = self.bias_and_tau(q)
+        _, stats = lazy_attention(q, k, v, bias, tau, scale=self.scale, backend=self.kernel, return_stats=True)
         visible_keys = torch.arange(1, x.shape[1] + 1, dtype=torch.float32, device=x.device)
         zeros: Tensor = (stats.row_sparsity * visible_keys).sum(-1) / visible_keys.sum()
         return zeros.mean(0)
+
+    def bias_and_tau(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """(bias [H, W], tau [H]) as the kernel takes them: zeros for what is ablated, a shared tau for every head."""
+        zeros = torch.zeros(self.num_heads, 1, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        bias = zeros if self.bias is None else self.bias
+        return bias, zeros[:, 0] if self.tau is None else self.tau.expand(self.num_heads)

@@ -38,10 +38,7 @@ class RowwiseAttention(AttentionMixer):
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return in_query_blocks(self._attend_rows, q, k, v)
-
-    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.weights(q, k).to(v.dtype) @ self.per_query_head(v)
+        return in_query_blocks(self.by_weights, q, k, v)
 
 
 def zero_share(rows: Iterator[tuple[int, Tensor]]) -> Tensor:
