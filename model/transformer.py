@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.cache import DecodingState, LayerCache
 from model.config import WITH_SIDE_SEQUENCE, WITHOUT_ATTENTION, ModelConfig
+from model.documents import Documents
 from model.initialisation import initialise_weights
 from model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from model.mixers import SideInputs, SideQKAttention, build_mixer
@@ -59,14 +60,20 @@ class Transformer(nn.Module):
         if self.embedding.weight.device.type != "meta":
             initialise_weights(self, config, seed)
 
-    def forward(self, tokens: Tensor, cache: DecodingState | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Next-token logits float32 [B, L, vocab_size] of tokens int64 [B, L].
 
-        With a cache from `new_cache`, the tokens continue those given before and the cache is extended.
+        cache       from `new_cache`: the tokens continue those given before and the cache is extended.
+        cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents one after the other.
+                    Each is treated as if it were alone: nothing attends across, positions count inside it.
+
+        Raises ValueError for a cache without room, for cu_seqlens that do not fit, and for the two together.
         """
         if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
             cache.check_room(tokens.shape[1])
-        x, rope, side = self.enter(tokens, 0 if cache is None else cache.length)
+        x, rope, side = self.enter(tokens, 0 if cache is None else cache.length, cu_seqlens)
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
@@ -79,13 +86,16 @@ class Transformer(nn.Module):
         return DecodingState([layer.mixer.new_cache(max_tokens) for layer in self._blocks()], max_tokens)
 
     @torch.no_grad()
-    def attention_rows(self, tokens: Tensor, query_block: int) -> Iterator[tuple[int, int, Tensor]]:
+    def attention_rows(
+        self, tokens: Tensor, query_block: int, cu_seqlens: Tensor | None = None
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (layer, query_start, weights [B, H, rows, L] float32), layer by layer, `query_block` rows at a time.
 
-        The weights are those each layer really multiplies with V: exact zeros included, future positions 0. Layers
-        without attention weights (`attention_layers` lacks them) yield nothing.
+        The weights are those each layer really multiplies with V: exact zeros included, future positions 0, and with
+        cu_seqlens (as in `forward`) those of other documents. Layers without attention weights (`attention_layers`
+        lacks them) yield nothing.
         """
-        x, rope, side = self.enter(tokens)
+        x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
         for index, layer in enumerate(self._blocks()):
             for start, weights in layer.mixer.attention_rows(layer.mixer_input(x, side), rope, query_block, side) or ():
                 yield index, start, weights.expand(tokens.shape[0], -1, -1, -1)  # a map may serve all rows
@@ -97,12 +107,13 @@ class Transformer(nn.Module):
         return [index for index, name in enumerate(self.config.layer_mixers) if name not in WITHOUT_ATTENTION]
 
     @torch.no_grad()
-    def sparsity_by_layer(self, tokens: Tensor) -> list[float | None] | None:
+    def sparsity_by_layer(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[float | None] | None:
         """Share of exactly-zero attention weights of each layer on tokens [B, L], None for mixers that can have none.
 
-        None when no layer can have any. Costs a forward pass with every such attention computed twice.
+        Of the pairs inside a document, with cu_seqlens as in `forward`. None when no layer can have any. Costs a
+        forward pass with every such attention computed twice.
         """
-        x, rope, side = self.enter(tokens)
+        x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
         shares: list[float | None] = []
         for layer in self._blocks():
             share = layer.mixer.sparsity(layer.mixer_input(x, side), rope, side)
@@ -115,20 +126,23 @@ class Transformer(nn.Module):
             assert isinstance(layer, Block)
             yield layer
 
-    def enter(self, tokens: Tensor, first_position: int = 0) -> tuple[Tensor, Rope, SideInputs]:
+    def enter(
+        self, tokens: Tensor, first_position: int = 0, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Rope, SideInputs]:
         """What the first layer is given for tokens [B, L] that start at `first_position`: (x, rope, side inputs)."""
-        end = first_position + tokens.shape[1]
+        documents = None if cu_seqlens is None else Documents.packed(cu_seqlens, tokens)
+        end = first_position + tokens.shape[1] if documents is None else max(documents.lengths)
         x: Tensor = self.embedding(tokens)
         rope = self._rope(first_position, end)
+        if documents is not None:
+            rope = rope[0][documents.positions], rope[1][documents.positions]
         if self.side is None:
-            return x, rope, SideInputs(x)
+            return x, rope, SideInputs(x, documents)
         self.side.check_length(end)
         maps = self.side.maps(self, end, self._side_maps)
-        here = {
-            layer: (queries[:, :, first_position:end], keys[:, :, first_position:end])
-            for layer, (queries, keys) in maps.items()
-        }
-        return x, rope, SideInputs(x, maps_by_layer=here)
+        here = slice(first_position, end) if documents is None else documents.positions
+        at_tokens = {layer: (queries[:, :, here], keys[:, :, here]) for layer, (queries, keys) in maps.items()}
+        return x, rope, SideInputs(x, documents, maps_by_layer=at_tokens)
 
     def _side_maps(self, length: int) -> dict[int, Maps]:
         """Carry the side sequence through the stack; queries and keys of each layer that reads them."""

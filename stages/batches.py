@@ -68,6 +68,18 @@ def read_window(shards: TokenShards, seq_len: int, window: int) -> npt.NDArray[n
     return shards.read(int(window) * seq_len, seq_len + 1)
 
 
+def document_borders(windows: npt.NDArray[np.int64], eos_id: int) -> npt.NDArray[np.int32]:
+    """cu_seqlens int32 [N + 1] of the documents in windows int64 [n, L + 1]: of their inputs [:, :-1], row after row.
+
+    A document ends with its end-of-document token, or with the window: what goes on in the next window starts there as
+    a document of its own.
+    """
+    inputs = windows[:, :-1]
+    ends = inputs == eos_id
+    ends[:, -1] = True
+    return np.concatenate([[0], np.flatnonzero(ends) + 1]).astype(np.int32)
+
+
 def _require_windows(shards: TokenShards, seq_len: int) -> int:
     windows = count_windows(shards.num_tokens, seq_len)
     if windows == 0:

@@ -127,6 +127,9 @@ class PretrainConfig(StageConfig):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="compute dtype (autocast); parameters, tau and bias stay float32"
     )
+    document_masking: bool = Field(
+        False, description="keep attention within documents, positions counted inside each; false: across their borders"
+    )
     validation_windows: int = Field(
         64, gt=0, description="windows of seq_len tokens in the validation loss while training"
     )

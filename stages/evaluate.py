@@ -4,6 +4,9 @@ A context length L cuts the validation tokens into windows that share no predict
 w L + 1 ... w L + L, each from the tokens of its window before it. So the average prediction at L sees about L / 2
 tokens, and curves over L say what longer context is worth. The headline numbers are those at the trained length.
 
+A model trained with document_masking is scored with it: the tokens of the window before a prediction then count from
+the last document border.
+
 Bits per byte = nats / ln 2 / bytes of text of the predicted tokens, which end-of-document tokens add nothing to: a
 number that models with different tokenizers can be compared by.
 """
@@ -21,7 +24,7 @@ from model.checkpoint import Checkpoint, load_checkpoint
 from model.generate import generate
 from model.loss import next_token_loss
 from model.transformer import Transformer
-from stages.batches import count_windows, read_window, validation_windows
+from stages.batches import count_windows, document_borders, read_window, validation_windows
 from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
@@ -69,6 +72,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
         too_long = checkpoint.model.config.too_long(length)
         if too_long is not None:
             raise Refusal(f"context_lengths: {too_long}")
+    eos_id = checkpoint.eos_id if trained.facts.get("document_masking") else None
     max_seq_len = checkpoint.model.config.max_seq_len
     tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
     table = token_byte_counts(tokenizer_json, checkpoint.vocab_size)
@@ -88,7 +92,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
                     raise Interrupted(f"evaluation stopped after {done} of {total} tokens; it starts again next time")
                 context.progress(done, total, "tokens", context_length=length)
                 batch = np.stack([read_window(shards, length, w) for w in windows[length][start : start + size]])
-                score = add(score, score_batch(checkpoint.model, batch, bytes_of_token))
+                score = add(score, score_batch(checkpoint.model, batch, bytes_of_token, eos_id))
                 done += batch[:, 1:].size
             scores[length] = score
         continuations = continue_prompts(config, checkpoint, tokenizer_json)
@@ -128,13 +132,19 @@ def refuse_missing_windows(shards: TokenShards, lengths: list[int]) -> None:
 
 
 @torch.no_grad()
-def score_batch(model: Transformer, batch: npt.NDArray[np.int64], bytes_of_token: npt.NDArray[np.float64]) -> Score:
-    """Score windows int64 [n, L + 1] in one forward pass.
+def score_batch(
+    model: Transformer,
+    batch: npt.NDArray[np.int64],
+    bytes_of_token: npt.NDArray[np.float64],
+    eos_id: int | None = None,
+) -> Score:
+    """Score windows int64 [n, L + 1] in one forward pass; with eos_id, each prediction from its own document alone.
 
     Losses are added up in float64, so that how windows are batched changes nothing but rounding inside the model.
     """
     windows = torch.from_numpy(batch).to(model.embedding.weight.device)
-    losses = next_token_loss(model, windows, reduction="none")
+    borders = None if eos_id is None else torch.from_numpy(document_borders(batch, eos_id))
+    losses = next_token_loss(model, windows, "none", borders)
     text_bytes = float(bytes_of_token[batch[:, 1:]].sum())
     return Score(len(batch), losses.numel(), losses.double().sum().item(), text_bytes)
 

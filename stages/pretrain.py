@@ -5,6 +5,10 @@ Step s takes M = tokens_per_step / (micro_batch_size seq_len) micro-batches; mic
 are the mean over M. So the data of a step depend on neither the number of workers nor on how often the run was
 interrupted, and one worker on a CPU repeats a run bit for bit.
 
+Windows are stretches of the token stream, and attention runs across the document borders inside them, unless
+document_masking confines it: the windows of a micro-batch are then packed as one row, cut at window borders and behind
+end-of-document tokens. The validation loss is measured under the same masking.
+
 With more than one worker the caller has initialised torch.distributed's default process group, and all workers see one
 scratch_dir.
 """
@@ -23,20 +27,16 @@ from torch import Tensor
 
 from model.checkpoint import save_checkpoint
 from model.loss import next_token_loss
-from model.mixers.lazy import LazyAttention
 from model.transformer import Transformer, count_parameters
-from stages.batches import read_window, training_batch, validation_windows
+from stages.batches import document_borders, read_window, training_batch, validation_windows
 from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
 from stages.shards import TokenShards
 
 MAX_NONFINITE_IN_A_ROW = 10
-# Sparsity is measured on this many validation windows at validations and at every tenth logged step: 55 ms, 0.7 % of
-# the quickstart's training time. Fixed windows make the curve smooth.
-SPARSITY_WINDOWS = 2
-SPARSITY_EVERY = 10
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
@@ -76,6 +76,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     resumed_from = state.step
     already_logged = last_logged_step(context.output_dir / "metrics.jsonl") if context.rank == 0 else 0
     parameters = list(model.parameters())
+    eos_id = int(corpus.facts["eos_id"]) if config.document_masking else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     while state.step < config.steps:
@@ -83,7 +84,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         lr = learning_rate(state.step, config)
         set_learning_rate(optimizer, lr)
         with autocast:
-            loss = accumulate_gradients(model, config, train, state.step, context)
+            loss = accumulate_gradients(model, config, train, state.step, context, eos_id)
         stop = sum_over_workers(parameters, loss, context)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -103,7 +104,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         validation_loss = None
         if validate:
             with autocast:
-                validation_loss = mean_loss(model, config, validation, held_out, context)
+                validation_loss = mean_loss(model, config, validation, held_out, context, eos_id)
         if validate or state.step % config.log_every == 0:
             numbers = {
                 "loss": loss_value,
@@ -113,7 +114,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
                 "validation_loss": validation_loss,
             }
             with autocast:
-                by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step)
+                by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step, eos_id)
             measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
             columns = {name: measured.get(name) for name in numbers} | summary(by_layer, config)
             state.history.append({"step": state.step, **columns})
@@ -161,6 +162,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "steps_executed": config.steps - resumed_from,
             "resumed_from": resumed_from,
             "tokens": tokens,
+            "document_masking": config.document_masking,
             "nonfinite_steps": state.nonfinite_steps,
             "threads": torch.get_num_threads(),
             "device": device.type,
@@ -226,19 +228,30 @@ def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
 
 
 def accumulate_gradients(
-    model: Transformer, config: PretrainConfig, shards: TokenShards, step: int, context: Context
+    model: Transformer, config: PretrainConfig, shards: TokenShards, step: int, context: Context, eos_id: int | None
 ) -> Tensor:
-    """Add this worker's share of the step's gradients to the parameters; returns its share of the mean loss, []."""
-    device = model.embedding.weight.device
+    """Add this worker's share of the step's gradients to the parameters; returns its share of the mean loss, [].
+
+    eos_id: with it attention stays within documents, and the windows of a micro-batch are one packed row.
+    """
     micro_batches, size = config.micro_batches_per_step, config.micro_batch_size
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=model.embedding.weight.device)
     for micro_batch in range(context.rank, micro_batches, context.world_size):
         first_sample = (step * micro_batches + micro_batch) * size
         windows = training_batch(shards, config.seq_len, config.seed, first_sample, size)
-        loss = next_token_loss(model, torch.from_numpy(windows).to(device)) / micro_batches
+        loss = window_losses(model, windows, eos_id) / micro_batches
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
+
+
+def window_losses(
+    model: Transformer, windows: npt.NDArray[np.int64], eos_id: int | None, reduction: str = "mean"
+) -> Tensor:
+    """`next_token_loss` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
+    device = model.embedding.weight.device
+    borders = None if eos_id is None else torch.from_numpy(document_borders(windows, eos_id))
+    return next_token_loss(model, torch.from_numpy(windows).to(device), reduction, borders)
 
 
 def sum_over_workers(parameters: list[torch.nn.Parameter], loss: Tensor, context: Context) -> bool:
@@ -277,49 +290,22 @@ def count_nonfinite(state: RunState, finite: bool, loss: float, norm: float, lr:
 
 @torch.no_grad()
 def mean_loss(
-    model: Transformer, config: PretrainConfig, shards: TokenShards, windows: npt.NDArray[np.int64], context: Context
-) -> float:
-    """Mean next-token loss in nats over the given windows of seq_len tokens, batches shared out over the workers."""
-    device = model.embedding.weight.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    size = config.micro_batch_size
-    for start in range(context.rank * size, len(windows), context.world_size * size):
-        batch = np.stack([read_window(shards, config.seq_len, w) for w in windows[start : start + size]])
-        total += next_token_loss(model, torch.from_numpy(batch).to(device), reduction="sum")
-    if context.world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / (len(windows) * config.seq_len)
-
-
-def lazy_numbers(
     model: Transformer,
     config: PretrainConfig,
     shards: TokenShards,
     windows: npt.NDArray[np.int64],
-    validate: bool,
-    step: int,
-) -> dict[str, float]:
-    """tau by layer (mean over heads) and, now and then, the share of exactly-zero weights by layer.
+    context: Context,
+    eos_id: int | None,
+) -> float:
+    """Mean next-token loss in nats over the given windows of seq_len tokens, batches shared out over the workers.
 
-    {} without Elastic-Softmax.
+    Attention is masked as in training.
     """
-    numbers = {}
-    for index, layer in enumerate(model.layers):
-        if isinstance(layer.mixer, LazyAttention) and layer.mixer.tau is not None:
-            numbers[f"tau/layer_{index}"] = layer.mixer.tau.mean().item()
-    if numbers and (validate or step % (SPARSITY_EVERY * config.log_every) == 0):
-        sample = np.stack([read_window(shards, config.seq_len, w)[:-1] for w in windows[:SPARSITY_WINDOWS]])
-        shares = model.sparsity_by_layer(torch.from_numpy(sample).to(model.embedding.weight.device))
-        numbers |= {f"sparsity/layer_{index}": share for index, share in enumerate(shares or []) if share is not None}
-    return numbers
-
-
-def summary(by_layer: dict[str, float], config: PretrainConfig) -> dict[str, float | None]:
-    """Means over layers for the history table: tau_mean and sparsity of a lazy model, null where not measured."""
-    if config.model.mixer != "lazy" or not config.model.lazy_elastic:
-        return {}
-    means: dict[str, float | None] = {}
-    for column, prefix in (("tau_mean", "tau/"), ("sparsity", "sparsity/")):
-        values = [value for name, value in by_layer.items() if name.startswith(prefix)]
-        means[column] = sum(values) / len(values) if values else None
-    return means
+    total = torch.zeros((), dtype=torch.float64, device=model.embedding.weight.device)
+    size = config.micro_batch_size
+    for start in range(context.rank * size, len(windows), context.world_size * size):
+        batch = np.stack([read_window(shards, config.seq_len, w) for w in windows[start : start + size]])
+        total += window_losses(model, batch, eos_id, reduction="sum")
+    if context.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / (len(windows) * config.seq_len)

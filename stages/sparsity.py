@@ -5,7 +5,7 @@ Windows of `seq_len` tokens, evenly spread over the validation split, go through
 same windows and the same code: random scores under tau = -1 are already 50 to 69 % exact zeros, so a sparsity means
 little without that number beside it. A layer without attention weights (mlp) has nulls in the tables, no picture, and
 no part in the means. A window is a stretch of the packed token stream; it may hold a document border,
-as in training.
+which attention crosses here as in training; a model trained with document_masking meets it here for the first time.
 """
 
 from __future__ import annotations

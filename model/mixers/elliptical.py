@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from model.cache import KVCache, LayerCache
-from model.mixers.interface import SideInputs
+from model.documents import Documents
+from model.mixers.interface import SideInputs, documents_of
 from model.mixers.standard import StandardAttention
 from model.rope import Rope, apply_rope
 
@@ -29,25 +30,33 @@ class EllipticalAttention(StandardAttention):
         below = None if side is None else side.values
         v = self.new_values(x, side)
         assert cache is None or isinstance(cache, EllipticalCache)
-        q, k = self._stretched(x, v, below, rope, cache)
+        q, k = self._stretched(x, v, below, rope, cache, documents_of(side))
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.project(self.attend(q, k, v))
+        return self.project(self.attend_documents(q, k, v, side))
 
     def new_cache(self, max_tokens: int) -> LayerCache:
         return EllipticalCache(max_tokens)
 
     def queries_and_keys(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor, Tensor]:
-        return self._stretched(x, self.new_values(x), None if side is None else side.values, rope, None)
+        below = None if side is None else side.values
+        return self._stretched(x, self.new_values(x), below, rope, None, documents_of(side))
 
     def _stretched(
-        self, x: Tensor, v: Tensor, below: Tensor | None, rope: Rope, cache: EllipticalCache | None
+        self,
+        x: Tensor,
+        v: Tensor,
+        below: Tensor | None,
+        rope: Rope,
+        cache: EllipticalCache | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
         """Queries times m, and keys, both rotated; the cache's sum goes on to the last token of x."""
         q, k = self.unrotated(x)
         if below is not None:
             with torch.no_grad():
-                change = (v.float() - below.float()).abs().cumsum(dim=2)
+                change = (v.float() - below.float()).abs()
+                change = _running_sum(change) if documents is None else documents.each(_running_sum, change)
                 if cache is not None:
                     change = change + cache.change.to(change.device)
                     cache.change = change[:, :, -1:]
@@ -56,3 +65,7 @@ class EllipticalAttention(StandardAttention):
                 stretch = torch.where(largest > 0, change / largest.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
             q = (q.float() * self.per_query_head(stretch)).to(q.dtype)
         return apply_rope(q, rope), apply_rope(k, rope)
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    return x.cumsum(dim=2)

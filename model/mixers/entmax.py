@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.mixers.interface import SideInputs
+from model.mixers.interface import SideInputs, documents_of
 from model.mixers.query_blocks import QUERY_ROWS, RowwiseAttention, zero_share
 from model.mixers.standard import visible
 from model.rope import Rope
@@ -20,7 +20,7 @@ class EntmaxAttention(RowwiseAttention):
         return entmax15(self.scores(q, k).masked_fill(~mask, -torch.inf))
 
     def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
-        return zero_share(self._rows(*self.queries_and_keys(x, rope, side), QUERY_ROWS))
+        return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
 
 
 def entmax15(scores: Tensor) -> Tensor:

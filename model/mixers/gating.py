@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import LayerCache, RecurrentState
-from model.mixers.interface import ProjectedMixer, SideInputs
+from model.documents import weight_rows
+from model.mixers.interface import ProjectedMixer, SideInputs, documents_of
 from model.mixers.standard import visible
 from model.rope import Rope
 
@@ -26,12 +27,16 @@ class GatingMixer(ProjectedMixer):
         cache: LayerCache | None = None,
         side: SideInputs | None = None,
     ) -> Tensor:
-        values = self.per_query_head(self.new_values(x, side))
+        scores, values = self.key_scores(x), self.per_query_head(self.new_values(x, side))
+        documents = documents_of(side)
+        if documents is not None:
+            out = documents.each(lambda *one: running_softmax(*one)[0], scores, values.float())
+            return self.project(out.to(values.dtype))
         before = None
         if cache is not None:
             assert isinstance(cache, RecurrentState)
             before = cache.tensors or None
-        out, after = running_softmax(self.key_scores(x), values.float(), before)
+        out, after = running_softmax(scores, values.float(), before)
         if cache is not None:
             cache.tensors = after
         return self.project(out.to(values.dtype))
@@ -44,15 +49,15 @@ class GatingMixer(ProjectedMixer):
         x: Tensor,
         rope: Rope,  # noqa: ARG002
         query_block: int,
-        side: SideInputs | None = None,  # noqa: ARG002
+        side: SideInputs | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         scores = self.key_scores(x)[:, :, None]
-        length = x.shape[1]
-        for start in range(0, length, query_block):
-            end = min(start + query_block, length)
-            mask = visible(end - start, end, x.device)
-            weights = torch.softmax(scores[..., :end].masked_fill(~mask, -torch.inf), dim=-1)
-            yield start, F.pad(weights, (0, length - end))
+
+        def weights_of(start: int, end: int, first_key: int) -> Tensor:
+            mask = visible(end - start, end - first_key, x.device)
+            return torch.softmax(scores[..., first_key:end].masked_fill(~mask, -torch.inf), dim=-1)
+
+        return weight_rows(weights_of, x.shape[1], query_block, documents_of(side))
 
     def key_scores(self, x: Tensor) -> Tensor:
         """e [B, H, L] float32 of the layer input x [B, L, hidden], autocast or not."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.cache import KVCache, LayerCache
 from model.config import ModelConfig
+from model.documents import Documents, weight_rows
 from model.layers import Linear, RMSNorm
 from model.rope import Rope, apply_rope
 
@@ -20,22 +21,29 @@ class SideInputs:
 
     embeddings         [B, L, hidden] token embeddings of the input
     normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
+    documents          where the documents of a packed row lie; None when every row is one document
     values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first
     maps               rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at the layer at hand,
                        for mixers with `reads_side_sequence`; maps_by_layer has those of all such layers
     """
 
     embeddings: Tensor
+    documents: Documents | None = None
     normed_embeddings: Tensor | None = None
     values: Tensor | None = None
     maps: tuple[Tensor, Tensor] | None = None
     maps_by_layer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+def documents_of(side: SideInputs | None) -> Documents | None:
+    return None if side is None else side.documents
+
+
 class TokenMixer(nn.Module):
     """Mixes information between positions, causally. x is the normed layer input [B, L, hidden].
 
     `rope` holds the tables of exactly the L positions of x; `side` may be left out where a mixer reads nothing of it.
+    With `side.documents` x is one packed row: positions restart with each document, and nothing is mixed across.
     The projection back into the residual stream is a Linear named `o_proj`, or `down_proj` in a mixer that is an MLP
     (their initialisation is scaled down with depth).
     """
@@ -129,22 +137,25 @@ class AttentionMixer(ProjectedMixer):
         if cache is not None:
             assert isinstance(cache, KVCache)
             k, v = cache.append(k, v)
-        return self.project(self.attend(q, k, v))
+        return self.project(self.attend_documents(q, k, v, side))
 
     def new_cache(self, max_tokens: int) -> LayerCache:
         return KVCache(max_tokens)
 
     def attention_rows(
         self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
-    ) -> Iterator[tuple[int, Tensor]] | None:
-        return self._rows(*self.queries_and_keys(x, rope, side), query_block)
+    ) -> Iterator[tuple[int, Tensor]]:
+        q, k = self.queries_and_keys(x, rope, side)
 
-    def _rows(self, q: Tensor, k: Tensor, query_block: int) -> Iterator[tuple[int, Tensor]]:
-        length = q.shape[2]
-        for start in range(0, length, query_block):
-            end = min(start + query_block, length)
-            weights = self.weights(q[:, :, start:end], k[:, :, :end])
-            yield start, nn.functional.pad(weights, (0, length - end))
+        def weights_of(start: int, end: int, first_key: int) -> Tensor:
+            return self.weights(q[:, :, start:end], k[:, :, first_key:end])
+
+        return weight_rows(weights_of, q.shape[2], query_block, documents_of(side))
+
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
+        """`attend`, within each document of a packed row."""
+        documents = documents_of(side)
+        return self.attend(q, k, v) if documents is None else documents.each(self.attend, q, k, v)
 
     def queries_and_keys(
         self,

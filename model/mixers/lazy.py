@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from kernels import lazy_attention
 from model.config import ModelConfig
-from model.mixers.interface import AttentionMixer, SideInputs
+from model.documents import Documents, visible_keys
+from model.mixers.interface import AttentionMixer, SideInputs, documents_of
 from model.mixers.query_blocks import QUERY_ROWS, in_query_blocks, zero_share
 from model.mixers.standard import visible
 from model.rope import Rope
@@ -36,10 +37,15 @@ class LazyAttention(AttentionMixer):
         return super().queries_and_keys(x, rope, side) if self.rotates else self.unrotated(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.relative:
-            return in_query_blocks(self.by_weights, q, k, v)
+        return self._kernel(q, k, v, None) if self.relative else in_query_blocks(self.by_weights, q, k, v)
+
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
+        return self._kernel(q, k, v, documents_of(side)) if self.relative else super().attend_documents(q, k, v, side)
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         bias, tau = self.bias_and_tau(q)
-        return lazy_attention(q, k, v, bias, tau, scale=self.scale, backend=self.kernel)
+        borders = None if documents is None else documents.cu_seqlens
+        return lazy_attention(q, k, v, bias, tau, cu_seqlens=borders, scale=self.scale, backend=self.kernel)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         query_len, key_len = q.shape[2], k.shape[2]
@@ -57,14 +63,18 @@ class LazyAttention(AttentionMixer):
     def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:
         if self.tau is None:
             return None
-        q, k = self.queries_and_keys(x, rope, side)
+        documents = documents_of(side)
         if not self.relative:
-            return zero_share(self._rows(q, k, QUERY_ROWS))
+            return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents)
+        q, k = self.queries_and_keys(x, rope, side)
         v = self._heads(self.v_proj(x), self.kv_heads)
         bias, tau = self.bias_and_tau(q)
-        _, stats = lazy_attention(q, k, v, bias, tau, scale=self.scale, backend=self.kernel, return_stats=True)
-        visible_keys = torch.arange(1, x.shape[1] + 1, dtype=torch.float32, device=x.device)
-        zeros: Tensor = (stats.row_sparsity * visible_keys).sum(-1) / visible_keys.sum()
+        borders = None if documents is None else documents.cu_seqlens
+        _, stats = lazy_attention(
+            q, k, v, bias, tau, cu_seqlens=borders, scale=self.scale, backend=self.kernel, return_stats=True
+        )
+        pairs = visible_keys(x.shape[1], documents, x.device).float()
+        zeros: Tensor = (stats.row_sparsity * pairs).sum(-1) / pairs.sum()
         return zeros.mean(0)
 
     def bias_and_tau(self, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.documents import Documents
 from model.mixers.interface import AttentionMixer
 
 QUERY_ROWS = 256  # 8 windows x 16 heads x 256 rows x 2048 keys are 268 MB of float32
@@ -41,14 +42,18 @@ class RowwiseAttention(AttentionMixer):
         return in_query_blocks(self.by_weights, q, k, v)
 
 
-def zero_share(rows: Iterator[tuple[int, Tensor]]) -> Tensor:
+def zero_share(rows: Iterator[tuple[int, Tensor]], documents: Documents | None = None) -> Tensor:
     """Share of exact zeros among all (query, visible key) pairs, [H] float32, of rows as `attention_rows` yields them.
 
-    Raises ValueError when there are no rows.
+    Keys of another document are not visible. Raises ValueError when there are no rows.
     """
     zeros, pairs = None, 0
     for start, weights in rows:
         seen = torch.ones(weights.shape[2:], dtype=torch.bool, device=weights.device).tril(start)
+        if documents is not None:
+            queries = torch.arange(start, start + weights.shape[2], device=weights.device)
+            first_keys = queries - documents.positions[queries]
+            seen &= torch.arange(weights.shape[3], device=weights.device) >= first_keys[:, None]
         found = ((weights == 0) & seen).sum((-2, -1)).float().mean(0)
         zeros = found if zeros is None else zeros + found
         pairs += int(seen.sum())

@@ -40,7 +40,8 @@ class SideQKAttention(StandardAttention):
         batch_size, heads, key_len, head_dim = values.shape
         # The rows of the batch side by side as one wide value: the map is multiplied once, not copied for each row.
         wide = values.permute(1, 2, 0, 3).reshape(heads, key_len, batch_size * head_dim)
-        out = self.weights(q, k)[0].to(v.dtype) @ wide
+        # Packed documents of one length bring a copy of the map each.
+        out = self.weights(q[:1], k[:1])[0].to(v.dtype) @ wide
         return out.view(heads, -1, batch_size, head_dim).permute(2, 0, 1, 3)
 
 

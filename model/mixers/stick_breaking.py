@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.mixers.interface import SideInputs
+from model.mixers.interface import SideInputs, documents_of
 from model.mixers.query_blocks import QUERY_ROWS, RowwiseAttention, zero_share
 from model.mixers.standard import visible
 from model.rope import Rope
@@ -47,4 +47,4 @@ class StickBreakingAttention(RowwiseAttention):
         return weights
 
     def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
-        return zero_share(self._rows(*self.queries_and_keys(x, rope, side), QUERY_ROWS))
+        return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.mixers.interface import SideInputs
+from model.mixers.interface import SideInputs, documents_of
 from model.mixers.query_blocks import QUERY_ROWS, zero_share
 from model.mixers.standard import StandardAttention
 from model.rope import Rope
@@ -39,7 +39,7 @@ class SlidingWindowAttention(StandardAttention):
         return torch.softmax(self.scores(q, k).masked_fill(~mask, -torch.inf), dim=-1)
 
     def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
-        return zero_share(self._rows(*self.queries_and_keys(x, rope, side), QUERY_ROWS))
+        return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, first_query: int) -> Tensor:
         last_key = first_query + q.shape[2]

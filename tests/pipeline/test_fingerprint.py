@@ -81,6 +81,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "grad_clip": 1.0,
         "seed": 0,
         "dtype": "float32",
+        "document_masking": False,
         "validation_windows": 64,
     },
     ("evaluate", 1): {
