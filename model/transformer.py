@@ -60,12 +60,19 @@ class Transformer(nn.Module):
         if self.embedding.weight.device.type != "meta":
             initialise_weights(self, config, seed)
 
-    def forward(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: DecodingState | None = None,
+        cu_seqlens: Tensor | None = None,
+        head_mass: list[Tensor] | None = None,
+    ) -> Tensor:
         """Next-token logits float32 [B, L, vocab_size] of tokens int64 [B, L].
 
         cache       from `new_cache`: the tokens continue those given before and the cache is extended.
         cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents one after the other.
                     Each is treated as if it were alone: nothing attends across, positions count inside it.
+        head_mass   gets what `model.loss.head_balance` takes: Imp [H] of every layer of `sink`.
 
         Raises ValueError for a cache without room, for cu_seqlens that do not fit, and for the two together.
         """
@@ -74,6 +81,7 @@ class Transformer(nn.Module):
                 raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
             cache.check_room(tokens.shape[1])
         x, rope, side = self.enter(tokens, 0 if cache is None else cache.length, cu_seqlens)
+        side.head_mass = head_mass
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:

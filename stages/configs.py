@@ -123,6 +123,11 @@ class PretrainConfig(StageConfig):
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     grad_clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
+    sink_balance: float = Field(
+        0.0,
+        ge=0,
+        description="sink: weight of the head-balance loss that training adds (reported: 0.01); 0 leaves it out",
+    )
     seed: int = Field(0, ge=0, description="seed of initialisation and data order")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="compute dtype (autocast); parameters, tau and bias stay float32"

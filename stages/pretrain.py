@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint
-from model.loss import next_token_loss
+from model.loss import head_balance, next_token_loss
 from model.transformer import Transformer, count_parameters
 from stages.batches import document_borders, read_window, training_batch, validation_windows
 from stages.configs import PretrainConfig
@@ -65,6 +65,13 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             stacklevel=2,
         )
 
+    if config.sink_balance and config.model.mixer != "sink":
+        warnings.warn(
+            f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
+            "none, and trains without",
+            stacklevel=2,
+        )
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
     model = Transformer(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
@@ -84,11 +91,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         lr = learning_rate(state.step, config)
         set_learning_rate(optimizer, lr)
         with autocast:
-            loss = accumulate_gradients(model, config, train, state.step, context, eos_id)
-        stop = sum_over_workers(parameters, loss, context)
+            losses = accumulate_gradients(model, config, train, state.step, context, eos_id)
+        stop = sum_over_workers(parameters, losses, context)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        loss_value, norm_value = loss.item(), norm.item()
+        (loss_value, balance), norm_value = losses.tolist(), norm.item()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
@@ -113,6 +120,8 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
                 "tokens_per_s": config.tokens_per_step / seconds,
                 "validation_loss": validation_loss,
             }
+            if config.sink_balance and config.model.mixer == "sink":
+                numbers["sink_balance_loss"] = config.sink_balance * balance
             with autocast:
                 by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step, eos_id)
             measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
@@ -230,32 +239,44 @@ def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
 def accumulate_gradients(
     model: Transformer, config: PretrainConfig, shards: TokenShards, step: int, context: Context, eos_id: int | None
 ) -> Tensor:
-    """Add this worker's share of the step's gradients to the parameters; returns its share of the mean loss, [].
+    """Add this worker's share of the step's gradients to the parameters; returns its share of the mean losses, [2].
+
+    The losses are the cross-entropy, and the head balance of `sink` before its weight (0 where config has none).
 
     eos_id: with it attention stays within documents, and the windows of a micro-batch are one packed row.
     """
     micro_batches, size = config.micro_batches_per_step, config.micro_batch_size
-    total = torch.zeros((), device=model.embedding.weight.device)
+    total = torch.zeros(2, device=model.embedding.weight.device)
+    balanced = config.sink_balance > 0 and config.model.mixer == "sink"
     for micro_batch in range(context.rank, micro_batches, context.world_size):
         first_sample = (step * micro_batches + micro_batch) * size
         windows = training_batch(shards, config.seq_len, config.seed, first_sample, size)
-        loss = window_losses(model, windows, eos_id) / micro_batches
+        head_mass: list[Tensor] | None = [] if balanced else None
+        loss = window_losses(model, windows, eos_id, head_mass=head_mass) / micro_batches
+        total[0] += loss.detach()
+        if head_mass is not None:
+            balance = head_balance(head_mass) / micro_batches
+            total[1] += balance.detach()
+            loss = loss + config.sink_balance * balance
         loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
     return total
 
 
 def window_losses(
-    model: Transformer, windows: npt.NDArray[np.int64], eos_id: int | None, reduction: str = "mean"
+    model: Transformer,
+    windows: npt.NDArray[np.int64],
+    eos_id: int | None,
+    reduction: str = "mean",
+    head_mass: list[Tensor] | None = None,
 ) -> Tensor:
     """`next_token_loss` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
     device = model.embedding.weight.device
     borders = None if eos_id is None else torch.from_numpy(document_borders(windows, eos_id))
-    return next_token_loss(model, torch.from_numpy(windows).to(device), reduction, borders)
+    return next_token_loss(model, torch.from_numpy(windows).to(device), reduction, borders, head_mass)
 
 
-def sum_over_workers(parameters: list[torch.nn.Parameter], loss: Tensor, context: Context) -> bool:
-    """Sum gradients and loss over all workers, in place. True when any worker was asked to stop.
+def sum_over_workers(parameters: list[torch.nn.Parameter], losses: Tensor, context: Context) -> bool:
+    """Sum gradients and losses [n] over all workers, in place. True when any worker was asked to stop.
 
     One collective for everything: a worker without a micro-batch contributes zeros, and all learn of a stop at the
     same step.
@@ -263,13 +284,14 @@ def sum_over_workers(parameters: list[torch.nn.Parameter], loss: Tensor, context
     if context.world_size == 1:
         return context.stop_requested
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    stop = torch.tensor([float(context.stop_requested)], device=loss.device)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1), stop])
+    stop = torch.tensor([float(context.stop_requested)], device=losses.device)
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), losses, stop])
     dist.all_reduce(flat)
-    *sums, loss_sum, stop_sum = torch.split(flat, [*(gradient.numel() for gradient in gradients), 1, 1])
+    sizes = [*(gradient.numel() for gradient in gradients), losses.numel(), 1]
+    *sums, loss_sums, stop_sum = torch.split(flat, sizes)
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient.view_as(parameter)
-    loss.copy_(loss_sum[0])
+    losses.copy_(loss_sums)
     return bool(stop_sum > 0)
 
 

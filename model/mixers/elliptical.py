@@ -59,7 +59,7 @@ class EllipticalAttention(StandardAttention):
                 change = _running_sum(change) if documents is None else documents.each(_running_sum, change)
                 if cache is not None:
                     change = change + cache.change.to(change.device)
-                    cache.change = change[:, :, -1:]
+                    cache.change = change[:, :, -1:].clone()  # a view would keep the sums of the whole prompt
                 # Dividing by the largest coordinate makes the sum as good as the mean. Where nothing changed, m = 1.
                 largest = change.amax(-1, keepdim=True)
                 stretch = torch.where(largest > 0, change / largest.clamp(min=torch.finfo(torch.float32).tiny), 1.0)

@@ -38,7 +38,7 @@ class GatingMixer(ProjectedMixer):
             before = cache.tensors or None
         out, after = running_softmax(scores, values.float(), before)
         if cache is not None:
-            cache.tensors = after
+            cache.tensors = tuple(tensor.clone() for tensor in after)  # a view would keep the whole prompt's sums
         return self.project(out.to(values.dtype))
 
     def new_cache(self, max_tokens: int) -> LayerCache:  # noqa: ARG002

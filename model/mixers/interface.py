@@ -23,6 +23,8 @@ class SideInputs:
     normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
     documents          where the documents of a packed row lie; None when every row is one document
     values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first
+    head_mass          a list that every layer of `sink` adds to, if the caller wants it: Imp [H] float32, the mean over
+                       all tokens of the weight its real keys have together, with gradient
     maps               rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at the layer at hand,
                        for mixers with `reads_side_sequence`; maps_by_layer has those of all such layers
     """
@@ -31,6 +33,7 @@ class SideInputs:
     documents: Documents | None = None
     normed_embeddings: Tensor | None = None
     values: Tensor | None = None
+    head_mass: list[Tensor] | None = None
     maps: tuple[Tensor, Tensor] | None = None
     maps_by_layer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

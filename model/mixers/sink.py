@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.mixers.interface import AttentionMixer
+from model.mixers.interface import AttentionMixer, SideInputs
 from model.mixers.null_key import attend_with_null_key, weights_beside_null_key
 
 
@@ -20,6 +20,17 @@ class SinkAttention(AttentionMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_with_null_key(q, k, v, self.scale, self.sink)
+
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
+        if side is None or side.head_mass is None:
+            return super().attend_documents(q, k, v, side)
+        documents = side.documents
+        out = self._with_mass(q, k, v) if documents is None else documents.each(self._with_mass, q, k, v)
+        side.head_mass.append(out[..., -1].float().mean((0, 2)))
+        return out[..., :-1]
+
+    def _with_mass(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_with_null_key(q, k, v, self.scale, self.sink, with_mass=True)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         return weights_beside_null_key(self.scores(q, k), self.sink)

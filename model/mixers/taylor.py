@@ -67,9 +67,9 @@ class TaylorAttention(AttentionMixer):
             if state is None:
                 state = values.new_zeros(batch_size, self.kv_heads, self.features, self.head_dim + 1)
             outputs = []
-            for start in range(0, length, CHUNK):
-                end = min(start + CHUNK, length)
-                part = (grouped[:, :, :, start:end], keys[:, :, start:end], values[:, :, start:end])
+            # Split, not sliced: the gradient of a slice is as long as the whole, and there are length / CHUNK of them.
+            parts = (torch.split(one, CHUNK, dim=-2) for one in (grouped, keys, values))
+            for part in zip(*parts, strict=True):
                 if torch.is_grad_enabled():
                     # The features of all keys and queries would take 33 times the memory of the keys and queries.
                     out, state = checkpoint(self._chunk, *part, state, use_reentrant=False, preserve_rng_state=False)

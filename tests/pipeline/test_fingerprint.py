@@ -82,6 +82,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "seed": 0,
         "dtype": "float32",
         "document_masking": False,
+        "sink_balance": 0.0,
         "validation_windows": 64,
     },
     ("evaluate", 1): {
