@@ -30,7 +30,7 @@ class Documents:
 
     @staticmethod
     def packed(cu_seqlens: Tensor, tokens: Tensor) -> "Documents":
-        """The documents of tokens [1, L]. On a GPU this waits for cu_seqlens to be read back, once per pass.
+        """The documents of tokens [1, L]. cu_seqlens is best on the CPU: from a GPU it is read back in every pass.
 
         Raises ValueError, saying what was found, unless cu_seqlens is int32 [N + 1] and rises from 0 to L.
         """

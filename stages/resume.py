@@ -40,6 +40,14 @@ class RunState:
 
 def run_identity(config: PretrainConfig, corpus: Artifact) -> dict[str, Any]:
     """All that decides the weights, flat by name: identity fields of the config, and which corpus it is."""
+    identity = _config_identity(config)
+    identity["corpus.fingerprint"] = corpus.facts["source"]["fingerprint"]
+    identity["corpus.vocab_size"] = corpus.facts["vocab_size"]
+    identity["corpus.train_tokens"] = corpus.facts["splits"]["train"]["tokens"]
+    return identity
+
+
+def _config_identity(config: PretrainConfig) -> dict[str, Any]:
     identity: dict[str, Any] = {}
     for name, description in type(config).model_fields.items():
         extra = description.json_schema_extra
@@ -50,9 +58,6 @@ def run_identity(config: PretrainConfig, corpus: Artifact) -> dict[str, Any]:
             identity.update({f"{name}.{key}": entry for key, entry in value.items()})
         else:
             identity[name] = value
-    identity["corpus.fingerprint"] = corpus.facts["source"]["fingerprint"]
-    identity["corpus.vocab_size"] = corpus.facts["vocab_size"]
-    identity["corpus.train_tokens"] = corpus.facts["splits"]["train"]["tokens"]
     return identity
 
 
@@ -73,11 +78,14 @@ def read_resume_checkpoint(
 ) -> RunState:
     """Load the three files into model, optimizer and the random generators.
 
-    Refuses, naming the field, a checkpoint of another config or corpus; nothing is changed then.
+    Refuses, naming the field, a checkpoint of another config or corpus; nothing is changed then. A field that the
+    checkpoint does not know yet was at its default.
     """
+    defaults = _config_identity(PretrainConfig())
     run = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
     for name in identity.keys() | run["identity"].keys():
-        found, expected = run["identity"].get(name, "(absent)"), identity.get(name, "(absent)")
+        found = run["identity"].get(name, defaults.get(name, "(absent)"))
+        expected = identity.get(name, "(absent)")
         if found != expected:
             raise Refusal(
                 f"resume checkpoint {directory} was written with {name}={found}, this run has {name}={expected}; "

@@ -79,6 +79,22 @@ def test_no_document_reaches_another(case: str) -> None:
         assert not torch.allclose(after[:, position], before[:, position], atol=1e-3)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_autocast_stays_near_float32(case: str) -> None:
+    model = model_of(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    tokens = some_tokens(1, TOTAL)
+    expected = model(tokens, cu_seqlens=CU_SEQLENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(tokens, cu_seqlens=CU_SEQLENS)
+        logits.square().mean().backward()
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() < 0.03 * expected.norm()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if name not in WITHOUT_ATTENTION])
 @torch.no_grad()
 def test_rows_and_sparsity_are_those_of_the_documents(case: str) -> None:
