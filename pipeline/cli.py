@@ -208,6 +208,21 @@ def variants(as_json: JsonOption = False) -> None:
         print(f"  {name:<14} {description}")
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="checkpoint folder, or an experiment file")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="folder to write, new or empty")],
+    overrides: OverridesArgument = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="which variant of the experiment file")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export in TARGET")] = False,
+    root: RootOption = None,
+) -> None:
+    """Write a trained model as a Hugging Face folder that loads without this project."""
+    from pipeline.export import run_export
+
+    run_export(source, target, variant, overrides or (), root, force, console())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
