@@ -86,13 +86,12 @@ def export_huggingface(
             target.rename(replaced)
         temporary.rename(target)
     except OSError as error:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
         raise ExportError(f"cannot write {target}: {error}; choose another target") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)  # as it was
+        shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -217,7 +216,7 @@ def _token(content: Mapping[str, Any], token_id: int) -> str:
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [text, score] by id
         return str(vocabulary[token_id][0])
-    return next(text for text, number in vocabulary.items() if number == token_id)
+    return str(next(text for text, number in vocabulary.items() if number == token_id))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -261,7 +260,7 @@ in plain torch.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer(["Once upon a time", "The king"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True))

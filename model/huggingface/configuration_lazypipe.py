@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 MIXERS = ("standard", "lazy", "mlp", "taylor", "gating", "random_qk", "text_qk", "static_qk")
 
 
-class LazypipeConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]
+class LazypipeConfig(PretrainedConfig):  # type: ignore[misc]
     """Shape of a decoder-only transformer whose layers may mix tokens in different ways.
 
     layer_mixers: the mixer of each layer, from the first; names as in `MIXERS`.

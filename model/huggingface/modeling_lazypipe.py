@@ -35,7 +35,7 @@ NEVER = -1e30  # score of a padded key; finite, for -inf minus -inf is no number
 Maps = tuple[Tensor, Tensor]
 
 
-class LayerState(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
+class LayerState(CacheLayerMixin):  # type: ignore[misc]
     """What one layer remembers of the tokens before: tensors with the batch as first dimension, keys or a state."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class LayerState(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
         self.tensors = tuple(tensor[indices] for tensor in self.tensors)
 
 
-class LazypipeCache(Cache):  # type: ignore[misc, unused-ignore]
+class LazypipeCache(Cache):  # type: ignore[misc]
     """A `LayerState` per layer, and which of the tokens seen are padding (real: bool [B, length], None without)."""
 
     def __init__(self, config: LazypipeConfig) -> None:
@@ -384,7 +384,7 @@ class SideSequence(nn.Module):
         self.register_buffer("tokens", None if random else torch.zeros(length, dtype=torch.int64))
 
 
-class LazypipeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, unused-ignore]
+class LazypipeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The language model of a `LazypipeConfig`. Float32 logits, next-token loss when labels are given."""
 
     config_class = LazypipeConfig

@@ -153,7 +153,7 @@ def test_the_tokenizer_encodes_what_the_model_was_trained_on(tmp_path: Path) -> 
 
     checkpoint = trained_folder(tmp_path)
     target = export_huggingface(checkpoint, tmp_path / "deep" / "export", origin={"variant": "lazy_short"})
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=True)
     texts = ["To be, or not", "naïve €", " x"]
     ours = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     expected = [ours.encode(text, add_special_tokens=False).ids for text in texts]

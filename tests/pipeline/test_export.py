@@ -35,7 +35,8 @@ def test_a_stored_variant_becomes_a_folder_that_transformers_loads(finished_run:
     assert f"| validation loss | {manifest['metrics']['validation_loss']:.4f} nats per token |" in card
     assert "| experiment | tiny |" in card and f"/{manifest['generation']} |" in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lazy", trust_remote_code=True)
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "lazy")(["the king and queen"], return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lazy", trust_remote_code=True)
+    inputs = tokenizer(["the king and queen"], return_tensors="pt")
     ours = load_checkpoint(generation / "checkpoint").model
     torch.testing.assert_close(model(**inputs).logits, ours(inputs.input_ids), rtol=0, atol=1e-5)
     for folder in (generation, generation / "checkpoint"):
