@@ -231,7 +231,7 @@ def model_card(checkpoint: Checkpoint, origin: Mapping[str, str]) -> str:
         "mixer": f"`{config.mixer}`",
         "layers": ", ".join(config.layer_mixers),
         "parameters": f"{total:,} ({non_embedding:,} outside the embeddings)",
-        "context length in training": f"{config.max_seq_len:,} tokens",
+        "context length": f"{config.max_seq_len:,} tokens",
         "vocabulary": f"{checkpoint.vocab_size:,}",
         **origin,
     }

@@ -65,19 +65,32 @@ class PeerModel(Transformer):
             if self.head is not None:
                 fill_normal(self.head.weight, config.init_std, seed, "head.weight")
 
-    def forward(self, tokens: Tensor, cache: DecodingState | None = None) -> Tensor:
-        """Next-token logits float32 [B, L, vocab_size] of tokens int64 [B, L], which continue those in the cache."""
+    def forward(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Next-token logits float32 [B, L, vocab_size] of tokens int64 [B, L], which continue those in the cache.
+
+        cu_seqlens  integers [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
+
+        Raises PeerError where the peer cannot compute, and for documents that it cannot keep apart (mamba2).
+        """
         check_peer(self.config, tokens.device)
+        assert cache is None or isinstance(cache, PeerState)
         past: dict[str, Any] = {"use_cache": False}
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
+            if self.config.mixer == "mamba2":
+                raise PeerError(
+                    "mixer=mamba2 cannot keep packed documents apart: the package carries its state across borders; "
+                    "give it documents one by one, or leave cu_seqlens out"
+                )
+            past["cu_seqlens"] = cu_seqlens.long()
         if cache is not None:
-            assert isinstance(cache, PeerState)
             cache.check_room(tokens.shape[1])
             past = {"use_cache": True, "past_key_values": cache.past}
             if cache.length and self.config.mixer == "forgetting_transformer":  # it decodes with a mask only
                 past["attention_mask"] = tokens.new_ones(tokens.shape[0], cache.length + tokens.shape[1])
         out = self.backbone(inputs_embeds=self.embedding(tokens), return_dict=True, **past)
         if cache is not None:
-            assert isinstance(cache, PeerState)
             cache.past = out.past_key_values
             cache.length += tokens.shape[1]
         matrix = self.embedding.weight if self.head is None else self.head.weight
@@ -121,7 +134,7 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     if config.missing_package is not None:
         raise PeerError(config.missing_package)
     backbone = _backbone(config.mixer, matched_settings(config))
-    backbone.embeddings = None  # ours is used
+    backbone.register_module("embeddings", None)  # ours is used
     return backbone
 
 

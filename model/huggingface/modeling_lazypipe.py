@@ -408,7 +408,7 @@ class LazypipeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding = value
 
     @classmethod
@@ -543,7 +543,8 @@ class LazypipeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         embeddings, layout, found = x, Layout(0, length, None, x.device), dict[int, Maps]()
         rope = self._rope(layout.positions)
         for index, layer in enumerate(self.layers):
-            if index in self.side_layers:
+            assert isinstance(layer, Block)
+            if isinstance(layer.mixer, SideAttention):
                 found[index] = layer.mixer.rotated(layer.mixer_norm(x), rope)
             if index == self.side_layers[-1]:
                 break

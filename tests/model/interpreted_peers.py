@@ -65,10 +65,16 @@ def measure(mixer: str, steps: int) -> dict[str, Any]:
         other = tokens.clone()
         other[0, 10] = 1 - other[0, 10] % 2
         changed = model(other)
+        packed = 0.0
+        if mixer != "mamba2":
+            together = model(tokens, cu_seqlens=torch.tensor([0, 6, 17], dtype=torch.int32))
+            alone = torch.cat([model(tokens[:, :6]), model(tokens[:, 6:])], dim=1)
+            packed = (together - alone).abs().max().item()
     return {
         "losses": losses,
         "without_gradient": sorted({name for name, _ in model.named_parameters()} - moved),
         "decoding_error": (torch.cat(parts, dim=1) - whole).abs().max().item(),
+        "packing_error": packed,
         "past_changed": (changed - whole)[:, :10].abs().max().item(),
         "future_changed": (changed - whole)[:, 10:].abs().max().item(),
     }

@@ -89,6 +89,12 @@ def test_without_cuda_it_says_what_to_do(mixer: str) -> None:
         model(torch.arange(5)[None])
 
 
+def test_mamba2_cannot_keep_documents_apart_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.peers.check_peer", lambda *_: None)
+    with pytest.raises(PeerError, match="mamba2 cannot keep packed documents apart"):
+        build_model(small("mamba2"), 19)(torch.arange(5)[None], cu_seqlens=torch.tensor([0, 2, 5]))
+
+
 def test_without_package_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.config.PEER_PACKAGE", "a_package_nobody_has")
     for call in (lambda: build_model(small("gla"), 19), lambda: check_peer(small("gla"), torch.device("cuda"))):
@@ -117,6 +123,7 @@ def check_measured(found: dict[str, Any]) -> None:
     assert all(later < sooner for sooner, later in pairwise(losses)), losses
     assert found["without_gradient"] == []
     assert found["decoding_error"] < 1e-4
+    assert found["packing_error"] < 1e-4
     assert found["past_changed"] < 1e-6 < 1e-3 < found["future_changed"]
 
 
