@@ -143,6 +143,7 @@ def _write(folder: Path, checkpoint: Checkpoint, origin: Mapping[str, str]) -> N
     }
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_json(folder / CONFIG_FILE, huggingface_config(checkpoint))
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors leaves it to the owner alone
     special = {"bos_token_id": checkpoint.eos_id, "eos_token_id": checkpoint.eos_id, "pad_token_id": checkpoint.eos_id}
     _write_json(folder / "generation_config.json", special)
     for name in CODE_FILES:

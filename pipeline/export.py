@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,10 +65,11 @@ def _stored(config: Path, variant: str | None, overrides: Sequence[str], root_op
     sources = inspect_sources(experiment, root, write_cache=False)
     decision = decide(build_nodes(sources.experiment, sources.identity), Store(root), Selection())[f"pretrain/{chosen}"]
     if decision.generation is None:
-        again = " ".join(("lazypipe run", str(config), *overrides, f"--only pretrain/{chosen}"))
+        again = ["lazypipe", "run", str(config), *overrides, "--only", f"pretrain/{chosen}"]
+        again += [] if root_option is None else ["--root", root_option]
         raise Refusal(
             f"pretrain/{chosen} of {config} has no valid result below {root} ({'; '.join(decision.reasons)}); "
-            f"make it with: {again}{'' if root_option is None else f' --root {root_option}'}"
+            f"make it with: {shlex.join(again)}"
         )
     return decision.generation
 

@@ -161,6 +161,7 @@ def test_the_tokenizer_encodes_what_the_model_was_trained_on(tmp_path: Path) -> 
     assert tokenizer.batch_decode(expected) == texts
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side)
     assert special == (0, 0, 0, "left")
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1
     card = (target / "README.md").read_text()
     assert "# lazy_short" in card and "| layers | lazy, lazy |" in card
     total = sum(parameter.numel() for parameter in load_checkpoint(checkpoint).model.parameters())
