@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import PEERS, ModelConfig
+from model.peers import PeerModel
 from model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -57,7 +58,8 @@ def save_checkpoint(directory: Path, model: Transformer, eos_id: int, tokenizer_
 def load_checkpoint(directory: Path, device: torch.device | str = "cpu", kernel: str = "auto") -> Checkpoint:
     """The model in `directory`, on `device`, in eval mode. kernel: backend of Lazy Attention.
 
-    Raises CheckpointError when a file is missing or unreadable, or the weights do not fit the configuration.
+    Raises CheckpointError when a file is missing or unreadable, or the weights do not fit the configuration; PeerError
+    for a peer without its package.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
@@ -75,8 +77,11 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu", kernel:
         weights = load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is not a readable safetensors file: {error}") from error
-    with torch.device("meta"):
-        model = Transformer(config, vocab_size, kernel=kernel)
+    if config.mixer in PEERS:  # they hold tensors that are in no checkpoint, so they have to be made
+        model: Transformer = PeerModel(config, vocab_size)
+    else:
+        with torch.device("meta"):
+            model = Transformer(config, vocab_size, kernel=kernel)
     check_weights(model, weights, directory / WEIGHTS_FILE)
     model.load_state_dict(weights, assign=True)
     return Checkpoint(model.to(device).eval(), vocab_size, eos_id, directory)

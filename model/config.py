@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Literal, Self
 
@@ -47,6 +48,20 @@ MixerName = Literal[
     "swa",
 ]
 
+# Whole models of the package flash-linear-attention, imported as `fla`; see model/peers.py.
+PEER_PACKAGE = "fla"
+PEERS: dict[str, str] = {
+    "retnet": "retention: linear attention with a fixed decay per head (Sun et al. 2023, arXiv 2307.08621)",
+    "mamba2": "state space duality, no MLP (Dao and Gu 2024, arXiv 2405.21060)",
+    "gla": "gated linear attention (Yang et al. 2023, arXiv 2312.06635)",
+    "delta_net": "linear attention by the delta rule (Yang et al. 2024, arXiv 2406.06484)",
+    "gated_deltanet": "the delta rule with a forget gate (Yang et al. 2024, arXiv 2412.06464)",
+    "forgetting_transformer": "softmax attention with a forget gate (Lin et al. 2025, arXiv 2503.02130)",
+}
+
+PeerName = Literal["retnet", "mamba2", "gla", "delta_net", "gated_deltanet", "forgetting_transformer"]
+AnyMixer = Literal[MixerName, PeerName]
+
 WITHOUT_ATTENTION: frozenset[str] = frozenset({"mlp"})  # mixers that have no attention weights to analyse
 WITH_SIDE_SEQUENCE = frozenset({"random_qk", "text_qk"})  # mixers that read a side sequence of max_seq_len positions
 LAZY_SWITCHES = ("lazy_bias", "lazy_rope", "lazy_elastic", "lazy_tau_scope", "lazy_threshold")
@@ -67,7 +82,7 @@ class ModelConfig(BaseModel):
         None, gt=0, description="width of the SwiGLU MLP; default: 8/3 hidden_size rounded up to a multiple of 32"
     )
     max_seq_len: int = Field(256, gt=0, description="context length in tokens the model is meant for")
-    mixer: MixerName = Field("standard", description="token mixer; `lazypipe variants` lists them")
+    mixer: AnyMixer = Field("standard", description="token mixer, or a peer; `lazypipe variants` lists them")
     pattern: Pattern = Field(
         "uniform",
         description="layers that keep standard attention instead of the mixer: a name, or a list counted from 1",
@@ -133,7 +148,19 @@ class ModelConfig(BaseModel):
                 "gradient would ever come back; set tau_init above -1, "
                 f"e.g. {-1 / self.max_seq_len:.2g} (-1 / max_seq_len)"
             )
+        if self.mixer in PEERS:
+            self._check_peer()
         return self
+
+    def _check_peer(self) -> None:
+        grouped = self.kv_heads != self.num_heads
+        found = {"pattern": self.pattern != "uniform", "num_kv_heads": grouped, "qk_norm": self.qk_norm}
+        for name, wrong in found.items():
+            if wrong:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does not go with mixer={self.mixer}, which is a whole model and no "
+                    f"mixer of single layers; leave {name} at its default in this variant"
+                )
 
     @property
     def changed_lazy_switches(self) -> list[str]:
@@ -149,8 +176,8 @@ class ModelConfig(BaseModel):
         return self.num_kv_heads or self.num_heads
 
     @property
-    def layer_mixers(self) -> tuple[MixerName, ...]:
-        """The mixer of each layer, from the first."""
+    def layer_mixers(self) -> tuple[AnyMixer, ...]:
+        """The mixer of each layer, from the first; of a peer its name for each."""
         kept = standard_layers(self.pattern, self.num_layers)
         return tuple("standard" if layer in kept else self.mixer for layer in range(1, self.num_layers + 1))
 
@@ -161,6 +188,16 @@ class ModelConfig(BaseModel):
         return (
             f"{length} tokens are more than max_seq_len={self.max_seq_len}, where the side sequence of "
             f"mixer={self.mixer} ends; stay within it, or raise max_seq_len"
+        )
+
+    @property
+    def missing_package(self) -> str | None:
+        """Why this machine cannot build the model, as a sentence; None when it can. Imports no package."""
+        if self.mixer not in PEERS or importlib.util.find_spec(PEER_PACKAGE) is not None:
+            return None
+        return (
+            f"mixer={self.mixer} is a model of the package flash-linear-attention, which is not installed; "
+            "install it with: pip install 'lazypipe[peers]' -c constraints.txt"
         )
 
     @property
@@ -180,7 +217,10 @@ class ModelConfig(BaseModel):
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
-    """Number of parameters of `Transformer(config, vocab_size)`. A tied embedding counts once."""
+    """Number of parameters of `Transformer(config, vocab_size)`. A tied embedding counts once.
+
+    Of a peer: that of the standard model it is matched to.
+    """
     hidden = config.hidden_size
     mixers = sum(_mixer_parameters(config, mixer) for mixer in config.layer_mixers)
     blocks = config.num_layers * (3 * hidden * config.mlp_size + 2 * hidden)
@@ -188,7 +228,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     return embeddings + mixers + blocks + hidden
 
 
-def _mixer_parameters(config: ModelConfig, mixer: MixerName) -> int:
+def _mixer_parameters(config: ModelConfig, mixer: AnyMixer) -> int:
     hidden, kv_size = config.hidden_size, config.kv_heads * config.head_dim
     attention = 2 * hidden * hidden + 2 * hidden * kv_size + (2 * config.head_dim if config.qk_norm else 0)
     match mixer:

@@ -25,7 +25,7 @@ def initialise_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
     """
     for name, buffer in model.named_buffers():
         if name == "side.vectors":
-            _fill_normal(buffer, RANDOM_STD, seed, name)
+            fill_normal(buffer, RANDOM_STD, seed, name)
     residual_std = config.init_std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -37,13 +37,14 @@ def initialise_weights(model: nn.Module, config: ModelConfig, seed: int) -> None
         elif name.endswith("mixer.logit_bias"):
             nn.init.constant_(parameter, config.initial_sigmoid_bias)
         elif name.endswith("mixer.bias"):
-            _fill_normal(parameter, config.bias_init_std, seed, name)
+            fill_normal(parameter, config.bias_init_std, seed, name)
         else:
             std = residual_std if name.endswith(RESIDUAL_PROJECTIONS) else config.init_std
-            _fill_normal(parameter, std, seed, name)
+            fill_normal(parameter, std, seed, name)
 
 
-def _fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
+def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    """parameter ~ N(0, std^2) in place, from a generator of its own."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     with torch.no_grad():

@@ -194,11 +194,11 @@ def doctor(root: RootOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def variants(as_json: JsonOption = False) -> None:
     """The attention mechanisms and layer patterns an experiment file can name."""
-    from model.config import MIXERS
+    from model.config import MIXERS, PEERS
     from model.pattern import PATTERNS
 
     if as_json:
-        print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS}, indent=1))
+        print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS, "peers": PEERS}, indent=1))
         return
     print("mixer: what takes the place of attention")
     for name, description in MIXERS.items():
@@ -206,6 +206,24 @@ def variants(as_json: JsonOption = False) -> None:
     print("pattern: which layers keep standard attention (or a list of layers, counted from 1)")
     for name, description in PATTERNS.items():
         print(f"  {name:<14} {description}")
+    print("mixer, too: whole models of flash-linear-attention, on CUDA, with the extra `peers`")
+    for name, description in PEERS.items():
+        print(f"  {name:<22} {description}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="checkpoint folder, or an experiment file")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="folder to write, new or empty")],
+    overrides: OverridesArgument = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="which variant of the experiment file")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export in TARGET")] = False,
+    root: RootOption = None,
+) -> None:
+    """Write a trained model as a Hugging Face folder that loads without this project."""
+    from pipeline.export import run_export
+
+    run_export(source, target, variant, overrides or (), root, force, console())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

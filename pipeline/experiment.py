@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from model.config import ModelConfig
+from model.config import PEERS, ModelConfig
 from pipeline.document import Document, apply_overrides, nearest, read_document
 from stages.configs import (
     EvaluateConfig,
@@ -125,7 +125,7 @@ def compose(document: Document) -> Experiment:
     variants = _section(document, "variants")
     if not variants:
         raise Refusal("variants: at least one is needed, for example  variants: {lazy: {mixer: lazy}}")
-    return Experiment(
+    experiment = Experiment(
         name=name,
         seed=seed,
         storage=check(Storage, _section(document, "storage"), "storage"),
@@ -135,6 +135,26 @@ def compose(document: Document) -> Experiment:
         resources=check(Resources, _section(document, "resources"), "resources"),
         document=document,
     )
+    _refuse_peers_without_gpus(experiment)
+    return experiment
+
+
+def _refuse_peers_without_gpus(experiment: Experiment) -> None:
+    """Peers compute on CUDA only, so an experiment with one asks for GPUs; whether they are there is seen later."""
+    asked = experiment.resources
+    needs = {
+        "resources.pretrain.gpus_per_worker": asked.pretrain.gpus_per_worker,
+        "resources.evaluate.gpus": asked.evaluate.gpus,
+    }
+    for name, variant in experiment.variants.items():
+        mixer = variant.pretrain.model.mixer
+        for key, gpus in needs.items():
+            if mixer in PEERS and gpus == 0:
+                raise Refusal(
+                    f"variants.{name}.mixer={mixer} is a model of flash-linear-attention and runs on CUDA GPUs only, "
+                    f"but {key} is 0; set it to 1 on a machine or cluster with GPUs, or leave the variant out with "
+                    f"~variants.{name}"
+                )
 
 
 def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:

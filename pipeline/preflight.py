@@ -83,6 +83,15 @@ def check_lengths(plan: Plan, corpus: Generation) -> None:
                 )
 
 
+def check_peers(plan: Plan) -> None:
+    """Refuse peers whose package this machine lacks. Where stages run elsewhere, the stage itself refuses."""
+    for decision in plan.values():
+        config = decision.node.config
+        missing = config.model.missing_package if isinstance(config, PretrainConfig) else None
+        if decision.action == "run" and missing is not None:
+            raise Refusal(f"{decision.node.id}: {missing}")
+
+
 def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:
     """Refuse when what will run cannot fit below the root: token shards, resume checkpoints, final weights."""
     needed = RESERVE_BYTES

@@ -21,7 +21,7 @@ from pipeline import lease
 from pipeline.experiment import Experiment, resolve_root
 from pipeline.fingerprint import canonical
 from pipeline.plan import Plan, Selection, build_nodes, decide
-from pipeline.preflight import check_disk, check_root, inspect_sources
+from pipeline.preflight import check_disk, check_peers, check_root, inspect_sources
 from pipeline.progress import Display
 from pipeline.store import Generation, Store
 from pipeline.tracking import Tracker
@@ -64,6 +64,8 @@ def run_experiment(experiment: Experiment, options: RunOptions, console: Console
         _say(console, f"{experiment.name}: everything asked for is cached below {root}")
         print_report(plan["report"].generation, root, console)
         return DONE
+    if options.address is None:
+        check_peers(plan)
     uri = tracking_uri(root)
     probe(uri)
     check_disk(plan, root, corpus_bytes)

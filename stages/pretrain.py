@@ -26,7 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint
+from model.config import ModelConfig
 from model.loss import head_balance, next_token_loss
+from model.peers import PeerError, build_model, check_peer
 from model.transformer import Transformer, count_parameters
 from stages.batches import document_borders, read_window, training_batch, validation_windows
 from stages.configs import PretrainConfig
@@ -73,8 +75,9 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_peer(config.model, device)
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
-    model = Transformer(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
+    model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
     optimizer = build_optimizer(model, config)
@@ -180,6 +183,14 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             **preflight,
         },
     )
+
+
+def refuse_peer(model: ModelConfig, device: torch.device) -> None:
+    """Refusal when `model` is a peer and its package, or a GPU for it, is missing here."""
+    try:
+        check_peer(model, device)
+    except PeerError as error:
+        raise Refusal(str(error)) from error
 
 
 def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.checkpoint import load_checkpoint
 from model.mixers.lazy import LazyAttention
+from model.peers import build_model
 from model.transformer import Transformer
 from stages import pictures
 from stages.attention_metrics import METRICS, average_windows, measure_windows
@@ -64,7 +65,7 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
             stacklevel=2,
         )
     seed = int(inputs["pretrain"].manifest.get("config", {}).get("seed", PretrainConfig().seed))
-    untrained = Transformer(model.config, checkpoint.vocab_size, seed=seed).to(device)
+    untrained = build_model(model.config, checkpoint.vocab_size, seed=seed).to(device)
     if model.side is not None and untrained.side is not None:
         untrained.side.load_state_dict(model.side.state_dict())
 

@@ -1,6 +1,6 @@
 """The token mixers by name. One file each; `model.config.MIXERS` holds their descriptions, free of torch."""
 
-from model.config import MixerName, ModelConfig
+from model.config import AnyMixer, ModelConfig
 from model.mixers.alibi import AlibiAttention
 from model.mixers.elliptical import EllipticalAttention
 from model.mixers.entmax import EntmaxAttention
@@ -21,7 +21,7 @@ from model.mixers.taylor import TaylorAttention
 __all__ = ["SideInputs", "SideQKAttention", "TokenMixer", "build_mixer"]
 
 
-def build_mixer(config: ModelConfig, mixer: MixerName, kernel: str = "auto") -> TokenMixer:
+def build_mixer(config: ModelConfig, mixer: AnyMixer, kernel: str = "auto") -> TokenMixer:
     """The token mixer of one layer by name, uninitialised. `kernel` is the backend of Lazy Attention."""
     match mixer:
         case "standard":
@@ -56,3 +56,5 @@ def build_mixer(config: ModelConfig, mixer: MixerName, kernel: str = "auto") -> 
             return AlibiAttention(config)
         case "swa":
             return SlidingWindowAttention(config)
+        case _:
+            raise ValueError(f"{mixer} is a whole model and no mixer; build it with model.peers.build_model")

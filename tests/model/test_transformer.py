@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import lazy_attention
-from model.config import MIXERS, WITHOUT_ATTENTION, MixerName, ModelConfig, parameter_count
+from model.config import MIXERS, PEERS, WITHOUT_ATTENTION, AnyMixer, MixerName, ModelConfig, parameter_count
 from model.mixers import build_mixer
 from model.mixers.interface import AttentionMixer
 from model.rope import apply_rope, rope_tables
@@ -68,6 +68,7 @@ def test_the_count_without_torch_holds_for_every_shape(mixer: str, fields: dict[
 
 def test_every_described_mixer_has_a_name_and_a_class_of_its_own() -> None:
     assert tuple(MIXERS) == get_args(MixerName)
+    assert (*MIXERS, *PEERS) == get_args(AnyMixer)
     assert len({type(build_mixer(tiny("standard"), name)) for name in MIXERS}) == len(MIXERS)
 
 

@@ -1,10 +1,10 @@
-"""`lazypipe variants`: every name an experiment file can use for a mixer or a pattern."""
+"""`lazypipe variants`: every name an experiment file can use for a mixer, a peer or a pattern."""
 
 import json
 
 from typer.testing import CliRunner
 
-from model.config import MIXERS
+from model.config import MIXERS, PEERS
 from model.pattern import PATTERNS
 from pipeline.cli import app
 
@@ -12,9 +12,10 @@ from pipeline.cli import app
 def test_mixers_and_patterns_are_listed_for_people_and_programs() -> None:
     lines = CliRunner().invoke(app, ["variants"]).stdout.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert listed == [*MIXERS, *PATTERNS]
+    assert listed == [*MIXERS, *PATTERNS, *PEERS]
     assert max(map(len, lines)) <= 120
     assert json.loads(CliRunner().invoke(app, ["variants", "--json"]).stdout) == {
         "mixers": MIXERS,
         "patterns": PATTERNS,
+        "peers": PEERS,
     }
