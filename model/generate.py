@@ -69,6 +69,7 @@ def generate_all(
     return found
 
 
+@torch.no_grad()
 def steps(
     model: Transformer,
     tokens: Tensor,
@@ -80,7 +81,7 @@ def steps(
     top_p: float | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """The next tokens of `generate`, int64 [B, 1] at a time, as they are chosen."""
+    """The next tokens of `generate`, int64 [B, 1] at a time, as they are chosen; raises its errors at the first."""
     if tokens.shape[1] == 0:
         raise ValueError("tokens holds no position to continue from; begin with the end-of-document token")
     if temperature > 0 and generator is None:
@@ -93,21 +94,6 @@ def steps(
         raise ValueError(f"top_p={top_p} is not in (0, 1]; 1 keeps every token")
     if isinstance(generator, Sequence) and len(generator) != len(tokens):
         raise ValueError(f"{len(generator)} generators for {len(tokens)} rows; give one per row, or one for all")
-    return _steps(model, tokens, max_new_tokens, temperature, top_k, generator, stop_token, top_p, use_cache)
-
-
-@torch.no_grad()
-def _steps(
-    model: Transformer,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    stop_token: int | None,
-    top_p: float | None,
-    use_cache: bool,
-) -> Iterator[Tensor]:
     cache = model.new_cache(tokens.shape[1] + max_new_tokens) if use_cache else None
     stopped = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
     unread = tokens

@@ -144,7 +144,8 @@ def print_stream(
     count = 0
     for one in steps(model, tokens, new_tokens, sampling.temperature, sampling.top_k, draw, eos, sampling.top_p):
         count += 1
-        stream.write(text.add(int(one)))
+        if int(one) != eos:  # not every tokenizer marks it as special, to be left out of the text
+            stream.write(text.add(int(one)))
         stream.flush()
     stream.write(text.rest() + "\n")
     stream.flush()
@@ -204,8 +205,8 @@ def continue_all(
     rows = []
     for (number, sample), new in zip(jobs, found, strict=True):
         text = GrowingText(tokenizer, encoded[number])
-        whole = "".join([*(text.add(token) for token in new), text.rest()])
         ended = bool(new) and new[-1] == checkpoint.eos_id
+        whole = "".join([*(text.add(token) for token in (new[:-1] if ended else new)), text.rest()])
         rows.append({"prompt": prompts[number], "sample": sample, "text": whole, "tokens": new, "ended": ended})
     return rows
 

@@ -173,4 +173,4 @@ def test_a_tiny_temperature_is_greedy() -> None:
 )
 def test_settings_out_of_range_are_refused_before_the_first_token(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        steps(model_of("standard"), PROMPT, 1, **fields)
+        next(steps(model_of("standard"), PROMPT, 1, **fields))
