@@ -62,7 +62,7 @@ def extrapolation_lines(names: Sequence[str], tables: Mapping[str, Sequence[Row]
 
 
 def probe_lines(names: Sequence[str], tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """A line per probe and length: per variant 'accuracy (control), gain'. Depths of a needle are averaged."""
+    """A line per probe and length: per variant 'accuracy (control), gain ± error'. Depths are averaged."""
     groups: dict[tuple[str, int], dict[str, list[Row]]] = {}
     for name, rows in tables.items():
         for row in rows:
@@ -80,4 +80,6 @@ def probe_cell(rows: Sequence[Row] | None) -> str:
     accuracy, control, gain = (
         sum(row[name] for row in rows) / len(rows) for name in ("accuracy", "control_accuracy", "gain")
     )
-    return f"{share(accuracy)} ({share(control)}), {gain:+.2f}{' †' if rows[0]['extrapolation'] else ''}"
+    errors = [row["gain_error"] for row in rows if row["gain_error"] is not None]
+    error = f" ± {sum(errors) / len(errors):.3f}" if errors else ""  # the depths share their texts
+    return f"{share(accuracy)} ({share(control)}), {gain:+.3f}{error}{' †' if rows[0]['extrapolation'] else ''}"

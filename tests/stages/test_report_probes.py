@@ -39,7 +39,7 @@ def with_probes(evaluated: Artifact, shift: float) -> None:
                 "accuracy_error": 0.01,
                 "control_accuracy": 0.25,
                 "gain": 1.5 + shift,
-                "gain_error": None,
+                "gain_error": None if depth is None else 0.02 + depth / 50,
             }
             for probe, length, depth in cells
         ],
@@ -57,8 +57,8 @@ def test_variants_stand_beside_each_other_and_what_was_not_measured_is_a_dash(tm
         "| 256 | side by side | 70.00 | 71.25 | – |",
         "| 256 | sliding by 64 | 68.00 | 69.25 | – |",
         "| 512 | side by side | 91.00 † | 92.25 † | – |",
-        "| needle | 64 | 75.0 % (25.0 %), +1.50 | 75.0 % (25.0 %), +2.75 | – |",
-        "| copy | 512 | 50.0 % (25.0 %), +1.50 † | 50.0 % (25.0 %), +2.75 † | – |",
+        "| needle | 64 | 75.0 % (25.0 %), +1.500 ± 0.030 | 75.0 % (25.0 %), +2.750 ± 0.030 | – |",
+        "| copy | 512 | 50.0 % (25.0 %), +1.500 † | 50.0 % (25.0 %), +2.750 † | – |",
     ):
         assert line in page.splitlines()
     for name in ("extrapolation", "probes"):
