@@ -177,6 +177,8 @@ class ExtrapolationConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths={list(self.lengths)} names something twice; leave the second away")
         if sorted(set(self.position_buckets)) != list(self.position_buckets):
             raise ValueError(
                 f"position_buckets={list(self.position_buckets)} does not increase; give the last position of each"

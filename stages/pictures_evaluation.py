@@ -93,14 +93,17 @@ def probes(tables: Mapping[str, Sequence[Row]], trained_length: int | None) -> F
         style = series_style(index)
         for column, kind in enumerate(kinds):
             chosen = [row for row in rows if row["probe"] == kind]
+            if not chosen:
+                continue  # variants may be probed differently
             for axes, value in zip(panels[:, column], ("accuracy", "gain"), strict=True):
                 _line(axes, _by(chosen, "length", value), style)
             control = _by(chosen, "length", "control_accuracy")
             values = [mean for mean, _ in control.values()]
             panels[0, column].plot(list(control), values, color=style["color"], linestyle=":", linewidth=1.4)
-        if by_depth:
-            longest = max(row["length"] for row in rows if row["probe"] == "needle")
-            chosen = [row for row in rows if row["probe"] == "needle" and row["length"] == longest]
+        needles = [row for row in rows if row["probe"] == "needle"]
+        if by_depth and needles:
+            longest = max(row["length"] for row in needles)
+            chosen = [row for row in needles if row["length"] == longest]
             for axes, value in zip(panels[:, -1], ("accuracy", "gain"), strict=True):
                 _line(axes, _by(chosen, "depth", value), style)
             panels[0, -1].set_title(f"needle at {longest:,} tokens", fontsize=10)

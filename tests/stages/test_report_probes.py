@@ -104,6 +104,7 @@ def test_the_picture_draws_every_model_probe_and_depth() -> None:
         + [row("copy", n, None, 0.5 + shift) for n in (32, 64)]
         for name, shift in (("lazy", 0.0), ("standard", 0.25))
     }
+    tables["short"] = [row("copy", 32, None, 1.0)]  # probed differently
     figure = pictures_evaluation.probes(tables, 32)
     panels = figure.get_axes()
     assert [axes.get_title() for axes in panels[:3]] == [
@@ -118,6 +119,7 @@ def test_the_picture_draws_every_model_probe_and_depth() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "lazy",
         "standard",
+        "short",
         "control",
         "trained length, 32",
     ]
