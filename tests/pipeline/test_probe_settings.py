@@ -38,6 +38,7 @@ def test_what_is_off_is_not_in_the_recipe() -> None:
         ("evaluate.probes={lenghts: [64]}", "evaluate.probes.lenghts: unknown key; did you mean 'lengths'"),
         ("evaluate.probes={lengths: [64], kinds: [needel]}", "evaluate.probes.kinds.0: must be 'recall', 'needle'"),
         ("evaluate.probes={lengths: [64], depths: [2]}", "evaluate.probes.depths.0: must be less than or equal to 1"),
+        ("evaluate.extrapolation={lengths: [64, 64]}", r"extrapolation: lengths=\[64, 64\] names something twice"),
         ("evaluate.extrapolation={lengths: [64], stride: 0}", "evaluate.extrapolation.stride: must be greater than 0"),
         (
             "evaluate.extrapolation={position_buckets: [4, 2]}",
