@@ -76,6 +76,10 @@ class Transformer(nn.Module):
 
         Raises ValueError for a cache without room, for cu_seqlens that do not fit, and for the two together.
         """
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: DecodingState | None = None) -> Tensor:
+        """What the output matrix is applied to, [B, L, hidden]: for whoever needs the logits of some positions only."""
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
@@ -86,8 +90,13 @@ class Transformer(nn.Module):
             x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
             cache.length += tokens.shape[1]
+        out: Tensor = self.final_norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., vocab_size] of rows [..., hidden] of `hidden`."""
         matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.final_norm(x), matrix).float()
+        return F.linear(hidden, matrix).float()
 
     def new_cache(self, max_tokens: int) -> DecodingState:
         """An empty cache for decoding at most `max_tokens` tokens, the prompt included."""

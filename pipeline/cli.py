@@ -226,16 +226,54 @@ def export(
     run_export(source, target, variant, overrides or (), root, force, console())
 
 
+@app.command()
+def generate(
+    target: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="checkpoint folder, or experiment file with --variant")
+    ],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="texts to continue")] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="which of the experiment's models")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="key=value", help="override of the experiment file")
+    ] = None,
+    root: RootOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="length of a continuation at most, in tokens")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, above 0 samples")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens (default: all)")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="sample among the fewest tokens that have probability p together")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of sampling; sample j is drawn with seed + j")] = 0,
+    num_samples: Annotated[int, typer.Option(help="continuations of each prompt")] = 1,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="more prompts, one per line; - is standard input")
+    ] = None,
+    unprompted: Annotated[bool, typer.Option("--unprompted", help="begin a document instead")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a trained model continue texts; one alone is printed as it comes."""
+    from pipeline.generation import Sampling, generate_command, read_prompts
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, num_samples)
+    texts = read_prompts(prompts or (), prompt_file, unprompted)
+    generate_command(target, variant, overrides or (), root, texts, sampling, as_json)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels or generate")],
 ) -> None:
-    """Time the Lazy Attention kernels against others; `lazypipe bench kernels --help` lists the options."""
+    """Time the Lazy Attention kernels, or decoding with a trained model; `bench WHAT --help` lists the options."""
     from pipeline.document import nearest
 
+    if what == "generate":
+        from pipeline.bench_generate import bench_generate
+
+        bench_generate(context.args)
+        return
     if what != "kernels":
-        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels'])}")
+        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels', 'generate'])}")
     from kernels.bench import main as bench_kernels
 
     raise typer.Exit(bench_kernels(context.args))

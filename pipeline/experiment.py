@@ -199,8 +199,7 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
         evaluate=check(EvaluateConfig, evaluate_fields, "evaluate", own),
         sparsity=check(SparsityConfig, _section(document, "sparsity"), "sparsity"),
     )
-    lengths = [("evaluate.context_lengths", length) for length in variant.evaluate.context_lengths]
-    for key, length in [*lengths, ("sparsity.seq_len", variant.sparsity.seq_len)]:
+    for key, length in [*variant.evaluate.window_lengths(), ("sparsity.seq_len", variant.sparsity.seq_len)]:
         too_long = model.too_long(length)
         if too_long is not None:
             raise Refusal(f"{own.get(key, key)} of {where}: {too_long}")

@@ -40,7 +40,11 @@ def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True
     min_tokens = 1 + max(
         length
         for variant in experiment.variants.values()
-        for length in (variant.pretrain.seq_len, variant.sparsity.seq_len, *variant.evaluate.context_lengths)
+        for length in (
+            variant.pretrain.seq_len,
+            variant.sparsity.seq_len,
+            *(length for _, length in variant.evaluate.window_lengths()),
+        )
     )
     config = pin(experiment.tokenize)
     summary = check_source(config, cache, min_tokens=min_tokens)
@@ -71,7 +75,8 @@ def check_lengths(plan: Plan, corpus: Generation) -> None:
         if isinstance(config, PretrainConfig):
             needs = [("pretrain.seq_len", split, config.seq_len) for split in ("train", "validation")]
         elif isinstance(config, EvaluateConfig):
-            needs = [("evaluate.context_lengths", "validation", max(config.context_lengths))]
+            longest = max(config.window_lengths(), key=lambda window: window[1])
+            needs = [(longest[0], "validation", longest[1])]
         elif isinstance(config, SparsityConfig):
             needs = [("sparsity.seq_len", "validation", config.seq_len)]
         for key, split, length in needs:

@@ -166,6 +166,94 @@ class PretrainConfig(StageConfig):
         return self.tokens_per_step // (self.micro_batch_size * self.seq_len)
 
 
+class ExtrapolationConfig(StageConfig):
+    """Perplexity by context length and position, every length over the same tokens; beside `context_lengths`."""
+
+    lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="context lengths in tokens; none: not measured. Beyond seq_len counts as extrapolation"
+    )
+    stride: int | None = Field(
+        None,
+        gt=0,
+        description="also slide each window by so many tokens, scoring only what is new (at least length - stride of "
+        "context); null: only windows side by side",
+    )
+    position_buckets: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="last positions of the position buckets; default: 1, 2, 4, 8, ... and the trained length"
+    )
+    max_tokens: int = Field(65_536, gt=0, description="validation tokens scored per context length, at most")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths={list(self.lengths)} names something twice; leave the second away")
+        if sorted(set(self.position_buckets)) != list(self.position_buckets):
+            raise ValueError(
+                f"position_buckets={list(self.position_buckets)} does not increase; give the last position of each"
+            )
+        return self
+
+
+ProbeKind = Literal["recall", "needle", "induction", "copy"]
+PROBES: tuple[ProbeKind, ...] = ("recall", "needle", "induction", "copy")
+
+
+class ProbesConfig(StageConfig):
+    """Does a model find again what stood earlier in its context? Sequences made on the fly from its own vocabulary."""
+
+    lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="sequence lengths in tokens; none: no probes. Beyond seq_len counts as extrapolation"
+    )
+    kinds: tuple[ProbeKind, ...] = Field(PROBES, min_length=1, description="which probes, see docs/probes.md")
+    sequences: int = Field(64, gt=0, description="sequences per probe, length and depth")
+    pairs: int = Field(4, gt=1, description="recall: key-value pairs, all of them asked for")
+    key_tokens: int = Field(2, gt=0, description="needle: length of the key")
+    value_tokens: int = Field(2, gt=0, description="needle: length of the value")
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        min_length=1,
+        description="needle: where in the haystack, 0 its beginning, 1 just before the question",
+    )
+    segment_tokens: int = Field(16, gt=1, description="induction, copy: length of what is repeated")
+    seed: int = Field(0, ge=0, description="seed of the sequences: the same for all variants of an experiment")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("kinds", "depths", "lengths"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} names something twice; leave the second away")
+        for kind in self.kinds:
+            needed, because = self.shortest(kind)
+            for length in self.lengths:
+                if length < needed:
+                    raise ValueError(
+                        f"lengths={list(self.lengths)}: {length} is too short for {kind}, which takes {needed} tokens "
+                        f"({because}); leave that length or {kind} out, or ask for less"
+                    )
+        return self
+
+    def shortest(self, kind: str) -> tuple[int, str]:
+        """Tokens of the shortest sequence of a probe, and why."""
+        if kind == "recall":
+            return 4 * self.pairs, f"pairs={self.pairs}: as many keys and values, twice"
+        if kind == "needle":
+            question = f"key_tokens={self.key_tokens} and value_tokens={self.value_tokens}, twice, and some text"
+            return 2 * (self.key_tokens + self.value_tokens) + 1, question
+        return 2 * self.segment_tokens, f"segment_tokens={self.segment_tokens}, twice"
+
+    def distinct_tokens(self, kind: str) -> tuple[int, str]:
+        """Different tokens a probe takes, and why."""
+        if kind == "recall":
+            return 3 * self.pairs + 1, f"pairs={self.pairs}: keys, values, other values for the control, and filler"
+        if kind == "needle":
+            asked = f"key_tokens={self.key_tokens}, value_tokens={self.value_tokens}, and another value for the control"
+            return self.key_tokens + 2 * self.value_tokens, asked
+        if kind == "induction":
+            return 2 * self.segment_tokens + 1, f"segment_tokens={self.segment_tokens}, as many for the control, filler"
+        return 1, "text"
+
+
 class EvaluateConfig(StageConfig):
     """Held-out loss and continuations of a trained model."""
 
@@ -186,6 +274,17 @@ class EvaluateConfig(StageConfig):
     seed: int = Field(0, ge=0, description="seed of sampling")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
     batch_tokens: int = operational(8192, gt=0, description="tokens per forward pass")
+    extrapolation: ExtrapolationConfig = Field(ExtrapolationConfig(), description="perplexity by length and position")
+    probes: ProbesConfig = Field(ProbesConfig(), description="retrieval probes")
+
+    def window_lengths(self) -> list[tuple[str, int]]:
+        """Every length of text that passes through the model at once, with the key that asks for it."""
+        fields = {
+            "context_lengths": self.context_lengths,
+            "extrapolation.lengths": self.extrapolation.lengths,
+            "probes.lengths": self.probes.lengths,
+        }
+        return [(f"evaluate.{key}", length) for key, lengths in fields.items() for length in lengths]
 
 
 class SparsityConfig(StageConfig):

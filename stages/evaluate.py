@@ -24,9 +24,11 @@ from model.checkpoint import Checkpoint, load_checkpoint
 from model.generate import generate
 from model.loss import next_token_loss
 from model.transformer import Transformer
+from stages import length_extrapolation, probes
 from stages.batches import count_windows, document_borders, read_window, validation_windows
 from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.probe_sequences import refuse_small_vocabulary, usable_tokens
 from stages.shards import TokenShards
 from stages.token_bytes import byte_scale, token_byte_counts
 
@@ -57,25 +59,29 @@ class Score(NamedTuple):
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Score the model on the validation split and let it continue the prompts.
 
-    Writes tables/context_lengths and tables/continuations. Refuses, before any compute, a context length for which the
-    split holds no window. Leaves global random states alone.
+    Writes tables/context_lengths and tables/continuations; with lengths for them, what length_extrapolation.measure and
+    probes.measure write. Refuses, before any compute, a length for which the split holds no window, and probes that
+    take more different tokens than there are. Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
     trained_length = int(trained.facts["seq_len"])
     lengths = [trained_length, *(length for length in config.context_lengths if length != trained_length)]
-    refuse_missing_windows(shards, lengths)
+    refuse_missing_windows(shards, [("evaluate.context_lengths", trained_length), *config.window_lengths()])
+    tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
+    table = token_byte_counts(tokenizer_json, int(corpus.facts["vocab_size"]))
+    usable = usable_tokens(shards, table) if config.probes.lengths else None
+    if usable is not None:
+        refuse_small_vocabulary(config.probes, len(usable))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(trained.path / "checkpoint", device)
-    for length in config.context_lengths:
+    for key, length in config.window_lengths():
         too_long = checkpoint.model.config.too_long(length)
         if too_long is not None:
-            raise Refusal(f"context_lengths: {too_long}")
+            raise Refusal(f"{key}: {too_long}")
     eos_id = checkpoint.eos_id if trained.facts.get("document_masking") else None
     max_seq_len = checkpoint.model.config.max_seq_len
-    tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
-    table = token_byte_counts(tokenizer_json, checkpoint.vocab_size)
     scale = byte_scale(table, shards, corpus.facts["splits"]["validation"]["bytes"])
 
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
@@ -96,6 +102,12 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
                 done += batch[:, 1:].size
             scores[length] = score
         continuations = continue_prompts(config, checkpoint, tokenizer_json)
+        more: dict[str, float] = {}
+        where = (trained_length, config.batch_tokens, device, context)
+        if config.extrapolation.lengths:
+            more |= length_extrapolation.measure(config.extrapolation, checkpoint.model, shards, *where)
+        if usable is not None:
+            more |= probes.measure(config.probes, checkpoint.model, shards, usable, *where)
     context.progress(total, total, "tokens")
 
     context.log_table(
@@ -109,6 +121,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             "perplexity": headline.perplexity,
             "bits_per_byte": headline.bits_per_byte,
             **{f"perplexity_at/{length}": scores[length].perplexity for length in config.context_lengths},
+            **more,
         },
         facts={
             "max_seq_len": max_seq_len,
@@ -121,12 +134,12 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     )
 
 
-def refuse_missing_windows(shards: TokenShards, lengths: list[int]) -> None:
-    """Refusal naming the first context length that is longer than the validation split."""
-    for length in lengths:
+def refuse_missing_windows(shards: TokenShards, lengths: list[tuple[str, int]]) -> None:
+    """Refusal naming the first (key, length) that is longer than the validation split."""
+    for key, length in lengths:
         if count_windows(shards.num_tokens, length) == 0:
             raise Refusal(
-                f"context_lengths holds {length}, but the validation split has {shards.num_tokens} tokens and one "
+                f"{key} holds {length}, but the validation split has {shards.num_tokens} tokens and one "
                 f"window of {length} needs {length + 1}; drop that length, or raise tokenize.validation_fraction"
             )
 

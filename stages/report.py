@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import pictures, report_sections
+from stages import pictures, report_probes, report_sections
 from stages.configs import ReportConfig
 from stages.contract import Artifact, Context, Outputs
 from stages.report_findings import findings
@@ -63,6 +63,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
         "pictures": report_sections.copy_pictures(variants, context.output_dir),
         "warnings": report_sections.warnings_of(inputs),
         **report_sections.settings(tokenize, variants),
+        **report_probes.sections(variants, context),
     }
     page = markdown_page(report, sections)
     context.progress(3, 4, "parts")

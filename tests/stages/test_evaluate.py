@@ -12,7 +12,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from stages import evaluate, pretrain
-from stages.configs import EvaluateConfig
+from stages.configs import PROBES, EvaluateConfig
 from stages.contract import Artifact, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
 from stages.token_bytes import byte_scale, token_byte_counts
@@ -147,6 +147,37 @@ def test_a_stop_is_heeded(corpus: Artifact, trained: Artifact, tmp_path: Path) -
     (context.scratch_dir / "stop").touch()
     with pytest.raises(Interrupted, match="stopped after 0 of"):
         evaluate.run(config_of(), {"tokenize": corpus, "pretrain": trained}, context)
+
+
+def test_extrapolation_and_probes_beside_the_rest(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
+    """They change no other number, and windows side by side over the same tokens are those of context_lengths."""
+    tokens = corpus.facts["splits"]["validation"]["tokens"]
+    length = next(n for n in range(20, 200) if (tokens - 1) % n == 0)
+    plain = evaluated(corpus, trained, tmp_path / "plain", context_lengths=[length], max_tokens=10**6)
+    assert not (tmp_path / "plain" / "output" / "figures").exists()
+    more = {
+        "extrapolation": {"lengths": [length], "max_tokens": 10**6},
+        "probes": {"lengths": [64], "sequences": 2, "depths": [0.5], "segment_tokens": 8},
+    }
+    both = evaluated(corpus, trained, tmp_path / "both", context_lengths=[length], max_tokens=10**6, **more)
+    assert {name: both.metrics[name] for name in plain.metrics} == plain.metrics
+    for table in ("context_lengths", "continuations"):
+        assert rows(tmp_path / "plain", table) == rows(tmp_path / "both", table)
+    found = {row["context_length"]: row for row in rows(tmp_path / "both", "extrapolation")}
+    old = rows(tmp_path / "both", "context_lengths")[0]
+    assert found[length]["tokens"] == old["tokens"] == tokens - 1
+    assert found[length]["loss"] == pytest.approx(old["loss"], rel=1e-6)
+    assert {row["probe"] for row in rows(tmp_path / "both", "probes")} == {"recall", "needle", "induction", "copy"}
+    assert set(both.metrics) - set(plain.metrics) == {
+        f"extrapolation/{length}",
+        *(f"probe/{name}/{what}_beyond" for name in PROBES for what in ("accuracy", "gain")),
+    }
+
+
+def test_probes_that_want_more_tokens_than_there_are_are_refused(corpus: Artifact, tmp_path: Path) -> None:
+    trained = Artifact(tmp_path / "absent", {"facts": {"seq_len": SEQ_LEN}, "metrics": {}})
+    with pytest.raises(Refusal, match=r"recall takes 301 different tokens \(pairs=100.* ask for less"):
+        evaluated(corpus, trained, tmp_path, probes={"lengths": [400], "pairs": 100})
 
 
 def tokenizer_file(directory: Path, kind: str) -> Path:
