@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import DecodingState
@@ -65,8 +64,14 @@ class PeerModel(Transformer):
             if self.head is not None:
                 fill_normal(self.head.weight, config.init_std, seed, "head.weight")
 
-    def forward(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Next-token logits float32 [B, L, vocab_size] of tokens int64 [B, L], which continue those in the cache.
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: DecodingState | None = None,
+        cu_seqlens: Tensor | None = None,
+        head_mass: list[Tensor] | None = None,  # noqa: ARG002  (of `sink` only)
+    ) -> Tensor:
+        """What the output matrix is applied to, [B, L, hidden], of tokens int64 [B, L] that continue those in the cache.
 
         cu_seqlens  integers [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
 
@@ -93,8 +98,8 @@ class PeerModel(Transformer):
         if cache is not None:
             cache.past = out.past_key_values
             cache.length += tokens.shape[1]
-        matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(out.last_hidden_state, matrix).float()
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def new_cache(self, max_tokens: int) -> PeerState:
         return PeerState([], max_tokens)

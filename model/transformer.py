@@ -76,10 +76,19 @@ class Transformer(nn.Module):
 
         Raises ValueError for a cache without room, for cu_seqlens that do not fit, and for the two together.
         """
-        return self.logits(self.hidden(tokens, cache))
+        return self.logits(self.hidden(tokens, cache, cu_seqlens, head_mass))
 
-    def hidden(self, tokens: Tensor, cache: DecodingState | None = None) -> Tensor:
-        """What the output matrix is applied to, [B, L, hidden]: for whoever needs the logits of some positions only."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: DecodingState | None = None,
+        cu_seqlens: Tensor | None = None,
+        head_mass: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What the output matrix is applied to, [B, L, hidden]: for whoever needs the logits of some positions only.
+
+        Arguments and errors are those of `forward`.
+        """
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
