@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.config import ModelConfig
 
@@ -158,6 +158,9 @@ class PretrainConfig(StageConfig):
         return self.tokens_per_step // (self.micro_batch_size * self.seq_len)
 
 
+Ablation = Literal["skip", "skip_mixer"]
+
+
 class EvaluateConfig(StageConfig):
     """Held-out loss and continuations of a trained model."""
 
@@ -177,7 +180,19 @@ class EvaluateConfig(StageConfig):
     top_k: int = Field(50, gt=0, description="sample among the k likeliest tokens")
     seed: int = Field(0, ge=0, description="seed of sampling")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+    ablations: tuple[Ablation, ...] = Field(
+        (),
+        description="score hybrids again without their non-standard blocks (skip) or mixers (skip_mixer); uniform "
+        "variants leave this out unless they name it themselves, which is refused",
+    )
     batch_tokens: int = operational(8192, gt=0, description="tokens per forward pass")
+
+    @field_validator("ablations")
+    @classmethod
+    def _each_once(cls, ablations: tuple[Ablation, ...]) -> tuple[Ablation, ...]:
+        if len(set(ablations)) < len(ablations):
+            raise ValueError(f"{list(ablations)} names an ablation twice; name each once")
+        return ablations
 
 
 class SparsityConfig(StageConfig):

@@ -87,6 +87,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "top_k": 50,
         "seed": 0,
         "dtype": "float32",
+        "ablations": [],
     },
     ("sparsity", 1): {"windows": 16, "seq_len": 256, "heat_map_heads": 4, "dtype": "float32"},
     ("report", 1): {},
