@@ -1,7 +1,7 @@
 """The model sizes of the two papers, and how many parameters they have. Imports no torch.
 
-Bias-free, RMSNorm, SwiGLU, RoPE, multi-head. 70M to 1.7B are those of "Deconstructing Attention" (arXiv 2510.11602) with
-the padded vocabulary of the Pythia tokenizer, 340M and 760M those of Lazy Attention (arXiv 2601.00919) with a 32k
+Bias-free, RMSNorm, SwiGLU, RoPE, multi-head. 70M to 1.7B are those of "Deconstructing Attention" (arXiv 2510.11602)
+with the padded vocabulary of the Pythia tokenizer, 340M and 760M those of Lazy Attention (arXiv 2601.00919) with a 32k
 SentencePiece vocabulary; the shape of 760M is ours, for the paper does not print one.
 """
 

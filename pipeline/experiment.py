@@ -99,7 +99,10 @@ class Experiment(StageConfig):
     )
 
 
-SECTIONS = ("name", "seed", "storage", "tokenize", "model", "variants", "pretrain", "evaluate", "sparsity", "resources")
+SECTIONS = (
+    "name", "seed", "storage", "tokenize", "model", "variants", "pretrain", "evaluate", "sparsity", "report",
+    "resources",
+)  # fmt: skip
 MODEL_FIELDS = frozenset(ModelConfig.model_fields)
 PRETRAIN_FIELDS = frozenset(PretrainConfig.model_fields) - {"model", "seed"}
 
@@ -131,7 +134,7 @@ def compose(document: Document) -> Experiment:
         storage=check(Storage, _section(document, "storage"), "storage"),
         tokenize=tokenize,
         variants={str(key): _variant(str(key), value, document, seed) for key, value in variants.items()},
-        report=ReportConfig(title=name),
+        report=check(ReportConfig, {"title": name, **_section(document, "report")}, "report"),
         resources=check(Resources, _section(document, "resources"), "resources"),
         document=document,
     )

@@ -18,6 +18,7 @@ from stages.configs import (
     HubSource,
     HubTokenizer,
     PretrainConfig,
+    ReportConfig,
     SparsityConfig,
     TokenizeConfig,
     TrainTokenizer,
@@ -46,6 +47,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("pretrain", PretrainConfig, "AdamW, linear warm-up, cosine decay, gradient clipping and accumulation."),
     ("evaluate", EvaluateConfig, "Held-out loss and continuations."),
     ("sparsity", SparsityConfig, "The attention weights on held-out text."),
+    ("report", ReportConfig, "The page that sets all variants side by side."),
     ("resources.pretrain", PretrainResources, "One worker without a GPU trains inside its stage task."),
     ("resources.tokenize, .evaluate, .sparsity, .report", StageResources, ""),
 )

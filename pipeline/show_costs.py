@@ -1,8 +1,8 @@
 """What the variants of an experiment cost, as `lazypipe plan` prints it: parameters, operations per token, memory.
 
-A trained tokenizer has the vocabulary that was asked for. That of a loaded one is known once the corpus is stored; until
-then the largest that the storage type of a token id allows stands for it, which makes every number that depends on it an
-upper bound, marked by <=.
+A trained tokenizer has the vocabulary that was asked for. That of a loaded one is known once the corpus is stored;
+until then the largest that the storage type of a token id allows stands for it, which makes every number that depends
+on it an upper bound, marked by <=.
 """
 
 from __future__ import annotations

@@ -212,7 +212,10 @@ class ReportConfig(StageConfig):
 
     STAGE_VERSION: ClassVar[int] = 1
 
-    title: str = operational("experiment", description="heading of the page: the experiment's name")
+    title: str = operational("experiment", description="heading of the page; default: the experiment's name")
+    compare_with: Literal["deconstructing"] | None = Field(
+        None, description="published figures to set the results beside: deconstructing (arXiv 2510.11602, 500M)"
+    )
 
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {

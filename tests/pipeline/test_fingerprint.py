@@ -90,7 +90,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "ablations": [],
     },
     ("sparsity", 1): {"windows": 16, "seq_len": 256, "heat_map_heads": 4, "dtype": "float32"},
-    ("report", 1): {},
+    ("report", 1): {"compare_with": None},
 }
 
 JSON = st.recursive(

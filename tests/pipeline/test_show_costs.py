@@ -1,4 +1,4 @@
-"""`lazypipe plan` and `variants --sizes`: the numbers printed are those of the models, whatever is known of the corpus."""
+"""`lazypipe plan` and `variants --sizes`: numbers of the models, whatever is known of the corpus."""
 
 from __future__ import annotations
 
