@@ -57,7 +57,10 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
     report["provenance"] = report_sections.provenance(inputs)
     context.progress(1, 4, "parts")
 
-    draw(variants, report["unigram_entropy"], context)
+    # Of a model trained with several seeds the pictures show the first.
+    once = {group["variants"][0] for group in (report["seeds"] or {"groups": []})["groups"]}
+    shown = [variant for variant in variants if not once or variant.name in once]
+    draw(shown, report["unigram_entropy"], context)
     context.progress(2, 4, "parts")
     sections = {
         "attention_windows": _distinct(
@@ -71,7 +74,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
         "ablations": report_sections.ablations(report["rows"]),
         "context_lengths": report_sections.context_lengths(variants),
         "continuations": report_sections.continuations(variants),
-        "pictures": report_sections.copy_pictures(variants, context.output_dir),
+        "pictures": report_sections.copy_pictures(shown, context.output_dir),
         "warnings": report_sections.warnings_of(inputs),
         **report_sections.settings(tokenize, variants),
     }
@@ -178,10 +181,15 @@ def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Co
     context.log_figure(
         "loss_curves", pictures.loss_curves([loss_curve(variant) for variant in variants], unigram_entropy)
     )
-    heads = [(variant.name, read_table(variant.sparsity, "heads")) for variant in variants]
+    heads = [(variant, read_table(variant.sparsity, "heads")) for variant in variants]
     for name, picture in (("sparsity", pictures.sparsity_by_layer), ("sink", pictures.sink_by_layer)):
         series = [
-            pictures.LayerSeries(variant, by_head(rows, name), by_head(rows, f"untrained_{name}"))
+            pictures.LayerSeries(
+                variant.name,
+                by_head(rows, name),
+                by_head(rows, f"untrained_{name}"),
+                variant.sparsity.facts.get("mixer"),
+            )
             for variant, rows in heads
         ]
         context.log_figure(f"{name}_by_layer", picture(series))
@@ -195,6 +203,7 @@ def loss_curve(variant: Variant) -> pictures.LossCurve:
         np.array([row["step"] for row in rows], dtype=np.int64),
         np.array([row["loss"] for row in rows], dtype=np.float64),  # None becomes NaN
         validation,
+        variant.sparsity.facts.get("mixer"),
     )
 
 

@@ -61,7 +61,8 @@ def seed_table(groups: Sequence[Mapping[str, Any]], reference: str) -> dict[str,
     if not groups:
         return None
     base = next((group for group in groups if reference in group["variants"]), groups[0])
-    rows = [{**group, **(against(group, base) if group is not base else {})} for group in groups]
+    nothing = {"difference": None, "spread": None, "exceeds": None}
+    rows = [{**group, **(nothing if group is base else against(group, base))} for group in groups]
     return {"reference": base["name"], "groups": rows}
 
 
@@ -70,12 +71,13 @@ def certainty(table: Mapping[str, Any]) -> str:
     repeated = [group for group in table["groups"] if group["deviation"] is not None]
     single = [group for group in table["groups"] if group["deviation"] is None]
     spreads = [group["deviation"] for group in repeated]
+    models = "1 model was" if len(repeated) == 1 else f"{len(repeated)} models were"
     text = (
-        f"{len(repeated)} models were trained with several seeds; the standard deviation of their validation loss is "
+        f"{models} trained with several seeds; the standard deviation of the validation loss over them is "
         f"{loss(min(spreads))} to {loss(max(spreads))} nats."
     )
     for exceeds, what in ((True, "exceed"), (False, "do not exceed")):
-        found = [group for group in repeated if group.get("exceeds") is exceeds]
+        found = [group for group in repeated if group["exceeds"] is exceeds]
         if found:
             shown = ", ".join(f"{group['name']} {group['difference']:+.3f}" for group in found)
             text += (

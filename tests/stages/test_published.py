@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 import pytest
 
+from stages import report
+from stages.configs import ReportConfig
 from stages.published import beside_published, published, ranks
 from stages.seeds import certainty, seed_groups, seed_table
+from tests.stages.test_report import upstream
+from tests.stages.tiny_experiment import context_in
 
 UNIGRAM = 6.0
 CLAIMS = {
@@ -124,3 +130,28 @@ def test_without_repetitions_there_is_no_table() -> None:
     assert seed_table(seed_groups(rows, recipes), "one") is None
     recipes[1] = {"model": {"mixer": "one"}, "seed": 0, "lr": 1.0}  # another learning rate is another model
     assert seed_groups(rows, recipes) == []
+
+
+def test_the_page_shows_the_published_order_the_ablations_and_the_seeds(tmp_path: Path) -> None:
+    inputs = upstream(tmp_path, {"standard": 4.0, "gating": 4.5, "mlp": 5.0, "mlp_even": 4.1, "standard_b": 4.2})
+    for name in ("gating", "mlp", "mlp_even"):
+        pattern = "even" if name.endswith("even") else "uniform"
+        inputs[f"sparsity/{name}"].manifest["facts"] |= {"mixer": name.removesuffix("_even"), "pattern": pattern}
+        inputs[f"pretrain/{name}"].manifest["config"]["model"] |= {"mixer": name}
+    inputs["pretrain/standard_b"].manifest["config"]["seed"] = 9
+    inputs["evaluate/mlp_even"].manifest["metrics"]["validation_loss/skip"] = 7.25
+    context = context_in(tmp_path / "report")
+    report.run(ReportConfig(compare_with="deconstructing"), inputs, context)
+    page = (context.output_dir / "report.md").read_text(encoding="utf-8")
+    stored = json.loads((context.output_dir / "report.json").read_text(encoding="utf-8"))
+    lines = page.splitlines()
+    (line,) = [line for line in lines if line.startswith("| mlp, standard in even")]
+    assert line == "| mlp, standard in even | mlp\\_even | 4.100 | 60.34 | 1.5 | 45.80 | 2 | 48.7 | 2 |"
+    assert "| Uniform mlp and gating are the worst | yes |" in page
+    assert "| mlp\\_even | 4.100 | 7.250 | – |" in page
+    (seeds,) = [line for line in lines if line.startswith("| standard | 3, 9 |")]
+    assert seeds == "| standard | 3, 9 | 4.100 | 0.1414 | – | – | – |"
+    said = {finding["topic"]: finding["sentence"] for finding in stored["findings"]}
+    assert "rank correlation of" in said["Published order"]
+    assert said["Certainty"].startswith("1 model was trained with several seeds")
+    assert stored["published"]["rows"][0]["variants"] == ["standard", "standard_b"]
