@@ -1,7 +1,7 @@
 """Figures: arrays in, a matplotlib Figure out. No display, no global state: a figure dies with its last reference.
 
-One style for all: colours of Okabe and Ito (told apart under every common colour blindness) and a brown, names and units
-on the axes, layers and heads numbered from 0.
+One style for all: colours of Okabe and Ito (told apart under every common colour blindness) and a brown, names and
+units on the axes, layers and heads numbered from 0.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def claims(ours: Numbers, theirs: Numbers, unigram_entropy: float | None) -> lis
 def _worst(ours: Numbers, theirs: Numbers, _: float | None) -> tuple[bool | None, str]:
     others = [key for key in ours if key in theirs and key not in FAIL]
     if not others or not all(key in ours for key in FAIL):
-        return None, "not measured: it takes uniform mlp, uniform gating and others"
+        return None, "It takes uniform mlp, uniform gating and others"
     worst = max(others, key=lambda key: float(ours[key]["validation_loss"]))
     holds = all(ours[key]["validation_loss"] > ours[worst]["validation_loss"] for key in FAIL)
     shown = ", ".join(_loss_of(ours, key) for key in FAIL)
@@ -51,12 +51,12 @@ def _worst(ours: Numbers, theirs: Numbers, _: float | None) -> tuple[bool | None
 
 def _hybrids_near(ours: Numbers, theirs: Numbers, _: float | None) -> tuple[bool | None, str]:
     if STANDARD not in ours:
-        return None, "not measured: there is no standard model"
+        return None, "There is no standard model"
     hybrids = [key for key in ours if key in theirs and key[1] != "uniform"]
     base = theirs[STANDARD]["wikitext"]
     expected = [key for key in hybrids if theirs[key]["wikitext"] <= NEAR * base]
     if not expected:
-        return None, "not measured: no hybrid of the published ones that are near standard"
+        return None, "No hybrid of the published ones that are near standard"
     far = [key for key in expected if _ratio(ours, key) > NEAR]
     shown = [
         f"{_name(key)} {_ratio(ours, key) - 1:+.1%} ({theirs[key]['wikitext'] / base - 1:+.1%})" for key in hybrids
@@ -69,16 +69,19 @@ def _hybrids_better(ours: Numbers, theirs: Numbers, _: float | None) -> tuple[bo
     pairs = [(key, (key[0], "uniform")) for key in ours if key in theirs and key[1] != "uniform"]
     pairs = [(hybrid, uniform) for hybrid, uniform in pairs if uniform in ours]
     if not pairs:
-        return None, "not measured: no mechanism is there both uniform and as a hybrid"
+        return None, "No mechanism is there both uniform and as a hybrid"
     gains = {hybrid: ours[uniform]["validation_loss"] - ours[hybrid]["validation_loss"] for hybrid, uniform in pairs}
     shown = ", ".join(f"{_name(key)} {gain:.3f}" for key, gain in gains.items())
     return all(gain > 0 for gain in gains.values()), f"nats below the uniform model: {shown}"
 
 
 def _skip_collapses(ours: Numbers, _: Numbers, unigram_entropy: float | None) -> tuple[bool | None, str]:
-    skipped = {key: float(numbers["skip"]) for key, numbers in ours.items() if numbers["skip"] is not None}
-    if not skipped or unigram_entropy is None:
-        return None, "not measured: evaluate.ablations: [skip] measures it"
+    measured = {key: numbers for key, numbers in ours.items() if numbers["skip"] is not None}
+    if not measured or unigram_entropy is None:
+        return None, "evaluate.ablations: [skip] measures it"
+    skipped = {key: float(n["skip"]) for key, n in measured.items() if n["validation_loss"] < unigram_entropy}
+    if not skipped:
+        return None, f"No hybrid is below the unigram entropy of {loss(unigram_entropy)} in the first place"
     shown = ", ".join(f"{_name(key)} {loss(value)}" for key, value in skipped.items())
     above = sum(value >= unigram_entropy for value in skipped.values())
     text = f"{above} of {len(skipped)} at or above the unigram entropy of {loss(unigram_entropy)}: {shown}"
@@ -88,7 +91,7 @@ def _skip_collapses(ours: Numbers, _: Numbers, unigram_entropy: float | None) ->
 def _lazy_near(ours: Numbers, _: Numbers, __: float | None) -> tuple[bool | None, str]:
     key = ("lazy", "uniform")
     if STANDARD not in ours or key not in ours:
-        return None, "not measured: it takes a uniform lazy and a standard model"
+        return None, "It takes a uniform lazy and a standard model"
     ratio = _ratio(ours, key)
     text = f"{_loss_of(ours, key)}, {_loss_of(ours, STANDARD)}: perplexity {ratio - 1:+.1%}"
     return ratio <= NEAR, text

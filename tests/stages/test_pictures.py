@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-
 from typing import Any
 
 import numpy as np

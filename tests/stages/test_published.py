@@ -83,6 +83,13 @@ def test_one_number_refutes_a_claim_and_is_told(claim: str, variant: str, key: s
     assert number in numbers
 
 
+def test_a_hybrid_that_never_learned_cannot_collapse() -> None:
+    rows = as_published()
+    rows["mlp_even"] |= {"validation_loss": 6.5, "validation_loss/skip": 6.1}
+    assert outcome(rows)["skip"] is True  # the others do
+    assert outcome({"mlp_even": rows["mlp_even"]})["skip"] is None
+
+
 def test_what_was_not_measured_is_neither_true_nor_false() -> None:
     rows = as_published()
     assert outcome({"standard": rows["standard"]}) == dict.fromkeys(CLAIMS)
@@ -147,7 +154,7 @@ def test_the_page_shows_the_published_order_the_ablations_and_the_seeds(tmp_path
     lines = page.splitlines()
     (line,) = [line for line in lines if line.startswith("| mlp, standard in even")]
     assert line == "| mlp, standard in even | mlp\\_even | 4.100 | 60.34 | 1.5 | 45.80 | 2 | 48.7 | 2 |"
-    assert "| Uniform mlp and gating are the worst | yes |" in page
+    assert "* Uniform mlp and gating are the worst: **yes**. mlp 5.000, gating 4.500; the highest" in page
     assert "| mlp\\_even | 4.100 | 7.250 | – |" in page
     (seeds,) = [line for line in lines if line.startswith("| standard | 3, 9 |")]
     assert seeds == "| standard | 3, 9 | 4.100 | 0.1414 | – | – | – |"
