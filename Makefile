@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 # Installed first and pinned, so that no later resolution replaces it. GPU boxes: see README, "Set-up".
 TORCH ?= torch==2.13.0
 
-.PHONY: help install quickstart test test-long lint format clean
+.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long lint format clean
 
 help:
 	@echo "make quickstart   set up .venv and run configs/quickstart.yaml"
+	@echo "make deconstruct  configs/deconstruct_quick.yaml: 15 mechanisms and hybrids, less than half an hour"
+	@echo "make deconstruct-seeds   the close ones of them with three seeds, another 50 minutes"
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make test-long    the wide searches and full matrices as well"
 	@echo "make lint         ruff, mypy (strict), import directions"
@@ -31,6 +33,12 @@ install: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
 	$(BIN)/lazypipe run configs/quickstart.yaml
+
+deconstruct: $(VENV)/.installed
+	$(BIN)/lazypipe run configs/deconstruct_quick.yaml
+
+deconstruct-seeds: $(VENV)/.installed
+	$(BIN)/lazypipe run configs/deconstruct_seeds.yaml
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile

@@ -71,7 +71,7 @@ class PeerModel(Transformer):
         cu_seqlens: Tensor | None = None,
         head_mass: list[Tensor] | None = None,  # noqa: ARG002  (of `sink` only)
     ) -> Tensor:
-        """What the output matrix is applied to, [B, L, hidden], of tokens int64 [B, L] that continue those in the cache.
+        """What the output matrix is applied to, [B, L, hidden], of tokens int64 [B, L] that continue the cache.
 
         cu_seqlens  integers [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
 

@@ -192,11 +192,19 @@ def doctor(root: RootOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def variants(as_json: JsonOption = False) -> None:
-    """The attention mechanisms and layer patterns an experiment file can name."""
+def variants(
+    as_json: JsonOption = False,
+    sizes: Annotated[bool, typer.Option("--sizes", help="the papers' model sizes and their parameter counts")] = False,
+) -> None:
+    """The attention mechanisms and layer patterns an experiment file can name; with --sizes the papers' models."""
     from model.config import MIXERS, PEERS
     from model.pattern import PATTERNS
 
+    if sizes:
+        from pipeline.show_costs import show_sizes
+
+        show_sizes(as_json, console())
+        return
     if as_json:
         print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS, "peers": PEERS}, indent=1))
         return

@@ -99,7 +99,10 @@ class Experiment(StageConfig):
     )
 
 
-SECTIONS = ("name", "seed", "storage", "tokenize", "model", "variants", "pretrain", "evaluate", "sparsity", "resources")
+SECTIONS = (
+    "name", "seed", "storage", "tokenize", "model", "variants", "pretrain", "evaluate", "sparsity", "report",
+    "resources",
+)  # fmt: skip
 MODEL_FIELDS = frozenset(ModelConfig.model_fields)
 PRETRAIN_FIELDS = frozenset(PretrainConfig.model_fields) - {"model", "seed"}
 
@@ -131,7 +134,7 @@ def compose(document: Document) -> Experiment:
         storage=check(Storage, _section(document, "storage"), "storage"),
         tokenize=tokenize,
         variants={str(key): _variant(str(key), value, document, seed) for key, value in variants.items()},
-        report=ReportConfig(title=name),
+        report=check(ReportConfig, {"title": name, **_section(document, "report")}, "report"),
         resources=check(Resources, _section(document, "resources"), "resources"),
         document=document,
     )
@@ -193,6 +196,7 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
             known = MODEL_FIELDS | PRETRAIN_FIELDS | {"seed", "evaluate"}
             raise Refusal(f"{where}.{key}: unknown key{nearest(str(key), known)}")
     model = check(ModelConfig, model_fields, "model", own)
+    _keep_ablations_of_hybrids(where, model, evaluate_fields, own)
     pretrain_fields["model"] = model.model_dump(mode="json", exclude_unset=True)
     variant = Variant(
         pretrain=check(PretrainConfig, pretrain_fields, "pretrain", own),
@@ -204,6 +208,20 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
         if too_long is not None:
             raise Refusal(f"{own.get(key, key)} of {where}: {too_long}")
     return variant
+
+
+def _keep_ablations_of_hybrids(where: str, model: ModelConfig, fields: dict[str, Any], own: Mapping[str, str]) -> None:
+    """A uniform variant leaves out the ablations that the section `evaluate` asks for; its own are refused."""
+    mixers = set(model.layer_mixers)
+    if len(mixers) > 1 or not fields.get("ablations") or not isinstance(fields["ablations"], list):
+        return
+    key = own.get("evaluate.ablations")
+    if key is not None:
+        raise Refusal(
+            f"{key}: {fields['ablations']} takes out the layers that are not standard, but every layer of {where} is "
+            f"{mixers.pop()}; give it a pattern, or remove the key"
+        )
+    del fields["ablations"]
 
 
 def _section(document: Document, key: str) -> dict[str, Any]:

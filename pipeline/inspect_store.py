@@ -17,7 +17,9 @@ from pipeline.lease import living_holder
 from pipeline.plan import STAGES, Selection, build_nodes, decide, explain
 from pipeline.preflight import inspect_sources
 from pipeline.run import print_plan
+from pipeline.show_costs import cost_rows, show_costs, vocabulary
 from pipeline.store import Entry, Store
+from stages.contract import Refusal
 
 
 def show_plan(
@@ -29,11 +31,20 @@ def show_plan(
     as_json: bool,
     console: Console,
 ) -> None:
-    """Print decisions and reasons; with an explanation, the fields that differ from the nearest stored recipe."""
+    """Print decisions, reasons and what the models cost; with an explanation, the fields that differ from the nearest
+    stored recipe."""
     root = resolve_root(experiment, root_option)
     store = Store(root)
-    sources = inspect_sources(experiment, root, write_cache=False)
-    decisions = decide(build_nodes(sources.experiment, sources.identity), store, selection, full_check=verify)
+    try:
+        sources = inspect_sources(experiment, root, write_cache=False)
+        decisions = decide(build_nodes(sources.experiment, sources.identity), store, selection, full_check=verify)
+    except Refusal:
+        if not as_json:  # the models need no corpus: a hub that cannot be reached does not hide what they cost
+            show_costs(cost_rows(experiment, vocabulary(experiment.tokenize, None)), console)
+        raise
+    corpus = decisions["tokenize"]
+    stored = corpus.generation if corpus.action == "cached" else None
+    costs = cost_rows(experiment, vocabulary(experiment.tokenize, stored))
     changes = {
         node_id: explain(d.node, store)
         for node_id, d in decisions.items()
@@ -57,7 +68,7 @@ def show_plan(
             }
             for node_id, d in decisions.items()
         ]
-        print(json.dumps({"experiment": experiment.name, "root": str(root), "stages": rows}, indent=1))
+        print(json.dumps({"experiment": experiment.name, "root": str(root), "stages": rows, "costs": costs}, indent=1))
         return
     print_plan(decisions, console)
     for node_id, lines in changes.items():
@@ -67,6 +78,7 @@ def show_plan(
         for note in decision.notes:
             console.print(f"note: {node_id}: {note}", highlight=False, markup=False, soft_wrap=True)
     count = sum(d.action == "run" for d in decisions.values())
+    show_costs(costs, console)
     console.print(f"{count} of {len(decisions)} stages would run", highlight=False)
 
 

@@ -20,6 +20,7 @@ from stages.configs import (
     HubTokenizer,
     PretrainConfig,
     ProbesConfig,
+    ReportConfig,
     SparsityConfig,
     TokenizeConfig,
     TrainTokenizer,
@@ -50,6 +51,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("evaluate.extrapolation", ExtrapolationConfig, "Perplexity by context length and position: docs/probes.md."),
     ("evaluate.probes", ProbesConfig, "Retrieval probes: docs/probes.md."),
     ("sparsity", SparsityConfig, "The attention weights on held-out text."),
+    ("report", ReportConfig, "The page that sets all variants side by side."),
     ("resources.pretrain", PretrainResources, "One worker without a GPU trains inside its stage task."),
     ("resources.tokenize, .evaluate, .sparsity, .report", StageResources, ""),
 )

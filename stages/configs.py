@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.config import ModelConfig
 
@@ -254,6 +254,9 @@ class ProbesConfig(StageConfig):
         return 1, "text"
 
 
+Ablation = Literal["skip", "skip_mixer"]
+
+
 class EvaluateConfig(StageConfig):
     """Held-out loss and continuations of a trained model."""
 
@@ -273,6 +276,11 @@ class EvaluateConfig(StageConfig):
     top_k: int = Field(50, gt=0, description="sample among the k likeliest tokens")
     seed: int = Field(0, ge=0, description="seed of sampling")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+    ablations: tuple[Ablation, ...] = Field(
+        (),
+        description="score hybrids again without their non-standard blocks (skip) or mixers (skip_mixer); uniform "
+        "variants leave this out unless they name it themselves, which is refused",
+    )
     batch_tokens: int = operational(8192, gt=0, description="tokens per forward pass")
     extrapolation: ExtrapolationConfig = Field(ExtrapolationConfig(), description="perplexity by length and position")
     probes: ProbesConfig = Field(ProbesConfig(), description="retrieval probes")
@@ -285,6 +293,13 @@ class EvaluateConfig(StageConfig):
             "probes.lengths": self.probes.lengths,
         }
         return [(f"evaluate.{key}", length) for key, lengths in fields.items() for length in lengths]
+
+    @field_validator("ablations")
+    @classmethod
+    def _each_once(cls, ablations: tuple[Ablation, ...]) -> tuple[Ablation, ...]:
+        if len(set(ablations)) < len(ablations):
+            raise ValueError(f"{list(ablations)} names an ablation twice; name each once")
+        return ablations
 
 
 class SparsityConfig(StageConfig):
@@ -304,7 +319,10 @@ class ReportConfig(StageConfig):
 
     STAGE_VERSION: ClassVar[int] = 1
 
-    title: str = operational("experiment", description="heading of the page: the experiment's name")
+    title: str = operational("experiment", description="heading of the page; default: the experiment's name")
+    compare_with: Literal["deconstructing"] | None = Field(
+        None, description="published figures to set the results beside: deconstructing (arXiv 2510.11602, 500M)"
+    )
 
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {

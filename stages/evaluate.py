@@ -30,6 +30,7 @@ from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.probe_sequences import refuse_small_vocabulary, usable_tokens
 from stages.shards import TokenShards
+from stages.skip import ablated, refuse_uniform
 from stages.token_bytes import byte_scale, token_byte_counts
 
 
@@ -59,9 +60,9 @@ class Score(NamedTuple):
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Score the model on the validation split and let it continue the prompts.
 
-    Writes tables/context_lengths and tables/continuations; with lengths for them, what length_extrapolation.measure and
-    probes.measure write. Refuses, before any compute, a length for which the split holds no window, and probes that
-    take more different tokens than there are. Leaves global random states alone.
+    Writes tables/context_lengths, tables/continuations and, where asked for, tables/ablations and what
+    length_extrapolation.measure and probes.measure write. Refuses, before any compute, a length for which the split
+    holds no window, and probes that take more different tokens than there are. Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
@@ -80,27 +81,36 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
         too_long = checkpoint.model.config.too_long(length)
         if too_long is not None:
             raise Refusal(f"{key}: {too_long}")
+    if config.ablations:
+        refuse_uniform(checkpoint.model.config)
     eos_id = checkpoint.eos_id if trained.facts.get("document_masking") else None
     max_seq_len = checkpoint.model.config.max_seq_len
     scale = byte_scale(table, shards, corpus.facts["splits"]["validation"]["bytes"])
 
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
     windows = {length: validation_windows(shards, length, max(1, config.max_tokens // length)) for length in lengths}
-    total = sum(length * len(chosen) for length, chosen in windows.items())
-    scores: dict[int, Score] = {}
+    total = sum(length * len(windows[length]) for length in [*lengths, *[trained_length] * len(config.ablations)])
     done = 0
+
+    def score_windows(length: int) -> Score:
+        nonlocal done
+        score = Score(0, 0, 0.0, 0.0)
+        size = max(1, config.batch_tokens // length)
+        for start in range(0, len(windows[length]), size):
+            if context.stop_requested:
+                raise Interrupted(f"evaluation stopped after {done} of {total} tokens; it starts again next time")
+            context.progress(done, total, "tokens", context_length=length)
+            batch = np.stack([read_window(shards, length, w) for w in windows[length][start : start + size]])
+            score = add(score, score_batch(checkpoint.model, batch, bytes_of_token, eos_id))
+            done += batch[:, 1:].size
+        return score
+
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        for length in lengths:
-            score = Score(0, 0, 0.0, 0.0)
-            size = max(1, config.batch_tokens // length)
-            for start in range(0, len(windows[length]), size):
-                if context.stop_requested:
-                    raise Interrupted(f"evaluation stopped after {done} of {total} tokens; it starts again next time")
-                context.progress(done, total, "tokens", context_length=length)
-                batch = np.stack([read_window(shards, length, w) for w in windows[length][start : start + size]])
-                score = add(score, score_batch(checkpoint.model, batch, bytes_of_token, eos_id))
-                done += batch[:, 1:].size
-            scores[length] = score
+        scores = {length: score_windows(length) for length in lengths}
+        reduced: dict[str, Score] = {}
+        for ablation in config.ablations:
+            with ablated(checkpoint.model, ablation):
+                reduced[ablation] = score_windows(trained_length)
         continuations = continue_prompts(config, checkpoint, tokenizer_json)
         more: dict[str, float] = {}
         where = (trained_length, config.batch_tokens, device, context)
@@ -114,6 +124,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
         "context_lengths", [row(length, scores[length], max_seq_len) for length in config.context_lengths]
     )
     context.log_table("continuations", continuations)
+    if reduced:
+        rows = [{"ablation": name, **row(trained_length, score, max_seq_len)} for name, score in reduced.items()]
+        context.log_table("ablations", rows)
     headline = scores[trained_length]
     return Outputs(
         metrics={
@@ -121,6 +134,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             "perplexity": headline.perplexity,
             "bits_per_byte": headline.bits_per_byte,
             **{f"perplexity_at/{length}": scores[length].perplexity for length in config.context_lengths},
+            **{f"validation_loss/{name}": score.loss for name, score in reduced.items()},
+            **{f"perplexity/{name}": score.perplexity for name, score in reduced.items()},
             **more,
         },
         facts={

@@ -1,7 +1,7 @@
 """Figures: arrays in, a matplotlib Figure out. No display, no global state: a figure dies with its last reference.
 
-One style for all: colours of Okabe and Ito (told apart under every common colour blindness), names and units on the
-axes, layers and heads numbered from 0.
+One style for all: colours of Okabe and Ito (told apart under every common colour blindness) and a brown, names and
+units on the axes, layers and heads numbered from 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8C510A")
+MANY = 6  # more models than this share their pictures with fewer details
 MARKERS = ("o", "s", "^", "D")
 GREY = "#777777"
 EXACT_ZERO_COLOUR = "#dedede"
@@ -28,11 +29,15 @@ SMALLEST_SHOWN_WEIGHT = 1e-4
 
 @dataclass(frozen=True)
 class LayerSeries:
-    """A quantity per layer and head of one model: `values` [layers, H]; `untrained` the same before training."""
+    """A quantity per layer and head of one model: `values` [layers, H]; `untrained` the same before training.
+
+    family: what it has in common with others, its mixer; a family has one colour.
+    """
 
     name: str
     values: Array
     untrained: Array | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,35 @@ class LossCurve:
     steps: Array
     loss: Array
     validation: Sequence[tuple[int, float]] = field(default=())
+    family: str | None = None
 
 
-def series_style(index: int) -> dict[str, Any]:
-    """Colour and marker of the index-th of up to 28 series."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index // len(COLOURS) % len(MARKERS)],
-    }
+def series_styles(series: Sequence[LayerSeries] | Sequence[LossCurve]) -> list[dict[str, Any]]:
+    """Colour, marker and line of each series: a colour per family, a marker for each of its members, then dashes.
+
+    Series without a family are families of their own. From the ninth family on, colours return with other markers.
+    """
+    families = list(dict.fromkeys(one.family or one.name for one in series))
+    members = dict.fromkeys(families, 0)
+    styles = []
+    for one in series:
+        family = one.family or one.name
+        index, member = families.index(family), members[family]
+        members[family] += 1
+        marker = member + index // len(COLOURS)
+        styles.append(
+            {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[marker % len(MARKERS)],
+                "linestyle": ("-", "--", "-.")[min(member, 2)],
+            }
+        )
+    return styles
+
+
+def height_for(entries: int) -> float:
+    """Inches of a picture whose legend has so many lines."""
+    return max(4.5, 0.4 + 0.2 * entries)
 
 
 def sparsity_by_layer(series: Sequence[LayerSeries]) -> Figure:
@@ -69,18 +95,18 @@ def by_layer(series: Sequence[LayerSeries], title: str, quantity: str, top: floa
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(7.5, 4.5)
+    figure = new_figure(7.5, height_for(len(series) + 2))
     axes = figure.add_subplot()
     handles = []
-    show_heads = len(series) <= 6
-    for index, one in enumerate(series):
-        style = series_style(index)
+    show_heads = len(series) <= MANY
+    for index, (one, style) in enumerate(zip(series, series_styles(series), strict=True)):
         layers = np.arange(len(one.values))
         if not np.isfinite(one.values).any():
             continue  # a model without attention weights; the others keep their colours
         shift = 0.06 * (index - (len(series) - 1) / 2)  # dots of several models stand side by side
         for head in range(one.values.shape[1] if show_heads else 0):
-            axes.plot(layers + shift, one.values[:, head], linestyle="", markersize=3.5, alpha=0.45, mew=0, **style)
+            dots = style | {"linestyle": ""}
+            axes.plot(layers + shift, one.values[:, head], markersize=3.5, alpha=0.45, mew=0, **dots)
         handles += axes.plot(layers, _mean_over_heads(one.values), linewidth=2, markersize=5, label=one.name, **style)
         if one.untrained is not None:
             mean = _mean_over_heads(one.untrained)
@@ -99,24 +125,28 @@ def by_layer(series: Sequence[LayerSeries], title: str, quantity: str, top: floa
 
 
 def loss_curves(curves: Sequence[LossCurve], unigram_entropy: float | None) -> Figure:
-    """Training loss (thin, smoothed) and validation loss (markers) of all runs: the whole run, and its second half."""
+    """Training loss (thin, smoothed) and validation loss (markers) of all runs: the whole run, and its second half.
+
+    With more than six runs the second half shows validation losses only, where there are at least two in it.
+    """
     from matplotlib.lines import Line2D
 
-    figure = new_figure(11, 4.5)
+    figure = new_figure(11, height_for(len(curves) + 3))
     whole, late = figure.subplots(1, 2)
     last_step = max([1, *(int(curve.steps[-1]) for curve in curves if len(curve.steps))])
     lowest, highest = np.inf, -np.inf
     handles = []
-    for index, curve in enumerate(curves):
-        style = series_style(index)
+    for curve, style in zip(curves, series_styles(curves), strict=True):
         steps, loss = smoothed(curve.steps, curve.loss)
         in_late = np.concatenate(
             [loss[steps >= last_step / 2], [value for step, value in curve.validation if step >= last_step / 2]]
         )
         lowest = min(lowest, np.nanmin(in_late, initial=np.inf))
         highest = max(highest, np.nanmax(in_late, initial=-np.inf))
+        crowded = len(curves) > MANY and sum(step >= last_step / 2 for step, _ in curve.validation) > 1
         for axes in (whole, late):
-            axes.plot(steps, loss, linewidth=0.9, alpha=0.7, color=style["color"])
+            if axes is whole or not crowded:
+                axes.plot(steps, loss, linewidth=0.9, alpha=0.7, color=style["color"])
             if curve.validation:
                 axes.plot(*zip(*curve.validation, strict=True), linewidth=1.8, markersize=5, **style)
         handles.append(Line2D([], [], linewidth=1.8, markersize=5, label=curve.name, **style))

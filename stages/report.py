@@ -2,7 +2,8 @@
 
 Only reads what the stages before it wrote, so it needs neither torch nor a model.
 
-    report.json   {title, reference, columns, rows (one per variant), unigram_entropy, findings, provenance}
+    report.json   {title, reference, columns, rows (one per variant), unigram_entropy, seeds, published, findings,
+                   provenance}; seeds and published are null unless there are several seeds, a comparison is asked for
     report.md     the page, its pictures in figures/
     report.html   the same page in one file, pictures embedded, no network needed
 """
@@ -19,10 +20,12 @@ import numpy as np
 from stages import pictures, report_probes, report_sections
 from stages.configs import ReportConfig
 from stages.contract import Artifact, Context, Outputs
+from stages.published import beside_published
 from stages.report_findings import findings
 from stages.report_page import html_page, markdown_page
 from stages.report_sections import Variant, read_table
 from stages.report_table import PERPLEXITY_AT
+from stages.seeds import seed_groups, seed_table
 
 METRICS = (
     "validation_loss",
@@ -43,11 +46,21 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
     """
     tokenize, variants = inputs["tokenize"], variants_of(inputs)
     report = comparison(config.title, tokenize, variants)
+    report["seeds"] = seed_table(
+        seed_groups(report["rows"], [variant.pretrain.manifest.get("config", {}) for variant in variants]),
+        report["reference"],
+    )
+    report["published"] = None
+    if config.compare_with is not None:
+        report["published"] = beside_published(config.compare_with, report["rows"], report["unigram_entropy"])
     report["findings"] = [finding._asdict() for finding in findings(report)]
     report["provenance"] = report_sections.provenance(inputs)
     context.progress(1, 4, "parts")
 
-    draw(variants, report["unigram_entropy"], context)
+    # Of a model trained with several seeds the pictures show the first.
+    once = {group["variants"][0] for group in (report["seeds"] or {"groups": []})["groups"]}
+    shown = [variant for variant in variants if not once or variant.name in once]
+    draw(shown, report["unigram_entropy"], context)
     context.progress(2, 4, "parts")
     sections = {
         "attention_windows": _distinct(
@@ -58,9 +71,10 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
             f"{variant.pretrain.facts['device']} with {variant.pretrain.facts['threads']} threads"
             for variant in variants
         ),
+        "ablations": report_sections.ablations(report["rows"]),
         "context_lengths": report_sections.context_lengths(variants),
         "continuations": report_sections.continuations(variants),
-        "pictures": report_sections.copy_pictures(variants, context.output_dir),
+        "pictures": report_sections.copy_pictures(shown, context.output_dir),
         "warnings": report_sections.warnings_of(inputs),
         **report_sections.settings(tokenize, variants),
         **report_probes.sections(variants, context),
@@ -137,6 +151,8 @@ def variant_row(variant: Variant) -> dict[str, Any]:
     row: dict[str, Any] = {
         "variant": variant.name,
         "mixer": mixer_and_pattern(sparsity.facts),
+        "mixer_name": sparsity.facts.get("mixer"),
+        "pattern": sparsity.facts.get("pattern", "uniform"),
         "parameters": pretrain.facts.get("parameters"),
         "non_embedding_parameters": pretrain.facts.get("non_embedding_parameters"),
         "steps": pretrain.facts.get("steps"),
@@ -166,10 +182,15 @@ def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Co
     context.log_figure(
         "loss_curves", pictures.loss_curves([loss_curve(variant) for variant in variants], unigram_entropy)
     )
-    heads = [(variant.name, read_table(variant.sparsity, "heads")) for variant in variants]
+    heads = [(variant, read_table(variant.sparsity, "heads")) for variant in variants]
     for name, picture in (("sparsity", pictures.sparsity_by_layer), ("sink", pictures.sink_by_layer)):
         series = [
-            pictures.LayerSeries(variant, by_head(rows, name), by_head(rows, f"untrained_{name}"))
+            pictures.LayerSeries(
+                variant.name,
+                by_head(rows, name),
+                by_head(rows, f"untrained_{name}"),
+                variant.sparsity.facts.get("mixer"),
+            )
             for variant, rows in heads
         ]
         context.log_figure(f"{name}_by_layer", picture(series))
@@ -183,6 +204,7 @@ def loss_curve(variant: Variant) -> pictures.LossCurve:
         np.array([row["step"] for row in rows], dtype=np.int64),
         np.array([row["loss"] for row in rows], dtype=np.float64),  # None becomes NaN
         validation,
+        variant.sparsity.facts.get("mixer"),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from stages.published import order_sentence
 from stages.report_table import PERPLEXITY_AT, Row, count, loss, perplexity, share, small
+from stages.seeds import certainty
 
 MAX_NAMES = 4  # a sentence that lists more names is not read
 
@@ -26,6 +28,7 @@ def findings(report: Mapping[str, Any]) -> list[Finding]:
         ("Speed", _speed),
         ("Size", _size),
         ("Learned thresholds", _movement),
+        ("Published order", _published),
         ("Certainty", _certainty),
     ]
     found = [(topic, write(report)) for topic, write in topics]
@@ -175,7 +178,13 @@ def _movement(report: Mapping[str, Any]) -> str | None:
     return "From their initial values, " + "; ".join(parts) + "."
 
 
+def _published(report: Mapping[str, Any]) -> str | None:
+    return order_sentence(report["published"]) if report.get("published") else None
+
+
 def _certainty(report: Mapping[str, Any]) -> str | None:
+    if report.get("seeds"):
+        return certainty(report["seeds"])
     seeds = sorted({row["seed"] for row in report["rows"] if row.get("seed") is not None})
     if not seeds or len(report["rows"]) < 2:
         return None

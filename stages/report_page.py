@@ -20,7 +20,7 @@ from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 
-from stages.report_table import best_rows, cell, columns_of, perplexity, unigram_row
+from stages.report_table import best_rows, cell, columns_of, loss, perplexity, unigram_row
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Characters that turn the direction of the text around them, and line breaks HTML does not know.
@@ -39,7 +39,7 @@ def markdown_page(report: Mapping[str, Any], sections: Mapping[str, Any]) -> str
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"inline": inline, "literal": literal, "perplexity": perplexity}
+    environment.filters |= {"inline": inline, "literal": literal, "perplexity": perplexity, "loss": loss}
     table = comparison_table(report)
     return environment.get_template("report.md.j2").render(report=report, table=table, **sections)
 

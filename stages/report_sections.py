@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.contract import Artifact
-from stages.report_table import MISSING, perplexity
+from stages.report_table import MISSING, loss, perplexity
 
 MAX_ATTENTION_LAYERS = 3  # first, middle and last; the rest is among the sparsity stage's own pictures
 
@@ -63,6 +63,16 @@ def corpus_description(tokenize: Artifact) -> str:
     if "bytes_per_token" in tokenize.metrics:
         parts.append(f"{tokenize.metrics['bytes_per_token']:.2f} bytes per token")
     return "; ".join(part for part in parts if part)
+
+
+def ablations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A line per variant that was scored without its mixers: losses as they are, without blocks, without mixers."""
+    keys = ("validation_loss", "validation_loss/skip", "validation_loss/skip_mixer")
+    return [
+        {"variant": row["variant"], "cells": [MISSING if row.get(key) is None else loss(row[key]) for key in keys]}
+        for row in rows
+        if any(row.get(key) is not None for key in keys[1:])
+    ]
 
 
 def context_lengths(variants: Sequence[Variant]) -> list[dict[str, Any]]:

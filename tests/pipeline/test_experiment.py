@@ -89,6 +89,18 @@ def test_seeds_come_from_the_experiment_unless_set_nearer() -> None:
     assert (experiment.variants["lazy"].pretrain.seed, experiment.variants["lazy"].evaluate.seed) == (6, 7)
 
 
+def test_ablations_of_the_section_reach_the_hybrids_only() -> None:
+    variants = {"lazy": {"mixer": "lazy"}, "standard": {"pattern": "even"}, "half": {"mixer": "lazy", "pattern": [1]}}
+    experiment = small(evaluate={"ablations": ["skip"]}, variants=variants)
+    asked = {name: variant.evaluate.ablations for name, variant in experiment.variants.items()}
+    assert asked == {"lazy": (), "standard": (), "half": ("skip",)}
+    assert small(variants={"half": {**variants["half"], "evaluate": {"ablations": ["skip"]}}}).variants
+    with pytest.raises(Refusal, match=r"variants.lazy.evaluate.ablations: \['skip'\] takes out .* is lazy; give it"):
+        small(variants={"lazy": {"mixer": "lazy", "evaluate": {"ablations": ["skip"]}}})
+    with pytest.raises(Refusal, match=r"variants.lazy.evaluate.ablations: must be a list"):
+        small(variants={"lazy": {"mixer": "lazy", "evaluate": {"ablations": "skip"}}})
+
+
 def test_model_pretrain_and_evaluate_names_are_disjoint() -> None:
     assert not MODEL_FIELDS & PRETRAIN_FIELDS
     assert not (MODEL_FIELDS | PRETRAIN_FIELDS) & {"seed", "evaluate", "model"}

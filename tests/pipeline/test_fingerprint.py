@@ -107,9 +107,10 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "probes.depths": [0.0, 0.25, 0.5, 0.75, 1.0],
         "probes.segment_tokens": 16,
         "probes.seed": 0,
+        "ablations": [],
     },
     ("sparsity", 1): {"windows": 16, "seq_len": 256, "heat_map_heads": 4, "dtype": "float32"},
-    ("report", 1): {},
+    ("report", 1): {"compare_with": None},
 }
 
 JSON = st.recursive(

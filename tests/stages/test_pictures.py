@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,8 +120,17 @@ def test_odd_shapes_draw_without_a_warning(draw: Callable[[], Figure]) -> None:
     assert pixels(figure).std() > 0
 
 
-def test_twenty_eight_variants_look_different() -> None:
-    assert len({tuple(pictures.series_style(index).values()) for index in range(28)}) == 28
+def test_variants_look_different_and_a_family_has_one_colour() -> None:
+    def styles(families: list[str | None]) -> list[dict[str, Any]]:
+        return pictures.series_styles(
+            [LossCurve(str(i), np.array([]), np.array([]), family=f) for i, f in enumerate(families)]
+        )
+
+    assert len({tuple(style.values()) for style in styles([None] * 28)}) == 28
+    hybrids = styles([*"abcdefgh", *"abcdefgh"])
+    assert len({tuple(style.values()) for style in hybrids}) == 16
+    assert [style["color"] for style in hybrids[:8]] == [style["color"] for style in hybrids[8:]]
+    assert {style["linestyle"] for style in hybrids[:8]} == {"-"} and {s["linestyle"] for s in hybrids[8:]} == {"--"}
 
 
 def test_drawing_touches_no_pyplot_state() -> None:
