@@ -64,6 +64,10 @@ class Transformer(nn.Module):
 
         With a cache from `new_cache`, the tokens continue those given before and the cache is extended.
         """
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: DecodingState | None = None) -> Tensor:
+        """What the output matrix is applied to, [B, L, hidden]: for whoever needs the logits of some positions only."""
         if cache is not None:
             cache.check_room(tokens.shape[1])
         x, rope, side = self.enter(tokens, 0 if cache is None else cache.length)
@@ -71,8 +75,13 @@ class Transformer(nn.Module):
             x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
             cache.length += tokens.shape[1]
+        out: Tensor = self.final_norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., vocab_size] of rows [..., hidden] of `hidden`."""
         matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.final_norm(x), matrix).float()
+        return F.linear(hidden, matrix).float()
 
     def new_cache(self, max_tokens: int) -> DecodingState:
         """An empty cache for decoding at most `max_tokens` tokens, the prompt included."""

@@ -33,7 +33,8 @@ def show_plan(
     root = resolve_root(experiment, root_option)
     store = Store(root)
     sources = inspect_sources(experiment, root, write_cache=False)
-    decisions = decide(build_nodes(sources.experiment, sources.identity), store, selection, full_check=verify)
+    nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
+    decisions = decide(nodes, store, selection, full_check=verify)
     changes = {
         node_id: explain(d.node, store)
         for node_id, d in decisions.items()
@@ -79,7 +80,7 @@ def show_status(
     store = Store(root)
     if experiment is not None:
         sources = inspect_sources(experiment, root, write_cache=False)
-        nodes = build_nodes(sources.experiment, sources.identity).values()
+        nodes = build_nodes(sources.experiment, sources.identity, sources.tasks).values()
         rows = [_row(n.stage, n.variant, store.entry(n.stage, n.fingerprint)) for n in nodes]
     else:
         rows = [_row(stage, None, entry) for stage in STAGES for entry in store.entries(stage)]

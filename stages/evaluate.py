@@ -1,4 +1,4 @@
-"""Held-out loss of a trained model, its perplexity at several context lengths, and some of its own text.
+"""Held-out loss of a trained model, its perplexity at several context lengths, some of its own text, and benchmarks.
 
 A context length L cuts the validation tokens into windows that share no prediction: window w predicts tokens
 w L + 1 ... w L + L, each from the tokens of its window before it. So the average prediction at L sees about L / 2
@@ -21,6 +21,7 @@ from model.checkpoint import Checkpoint, load_checkpoint
 from model.generate import generate
 from model.loss import next_token_loss
 from model.transformer import Transformer
+from stages import benchmarks
 from stages.batches import count_windows, read_window, validation_windows
 from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
@@ -52,16 +53,19 @@ class Score(NamedTuple):
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
-    """Score the model on the validation split and let it continue the prompts.
+    """Score the model on the validation split, let it continue the prompts, and run the benchmarks asked for.
 
-    Writes tables/context_lengths and tables/continuations. Refuses, before any compute, a context length for which the
-    split holds no window. Leaves global random states alone.
+    Writes tables/context_lengths and tables/continuations, with benchmarks tables/tasks (see stages/benchmarks.py).
+    Refuses, before any compute, a context length for which the split holds no window, and a benchmark that cannot be
+    read. Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
     trained_length = int(trained.facts["seq_len"])
     lengths = [trained_length, *(length for length in config.context_lengths if length != trained_length)]
     refuse_missing_windows(shards, lengths)
+    if config.tasks:
+        benchmarks.check_tasks(config)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(trained.path / "checkpoint", device)
@@ -98,6 +102,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
         "context_lengths", [row(length, scores[length], max_seq_len) for length in config.context_lengths]
     )
     context.log_table("continuations", continuations)
+    scored = benchmarks.run_tasks(config, checkpoint, tokenizer_json, context) if config.tasks else Outputs()
     headline = scores[trained_length]
     return Outputs(
         metrics={
@@ -105,6 +110,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             "perplexity": headline.perplexity,
             "bits_per_byte": headline.bits_per_byte,
             **{f"perplexity_at/{length}": scores[length].perplexity for length in config.context_lengths},
+            **scored.metrics,
         },
         facts={
             "max_seq_len": max_seq_len,
@@ -113,6 +119,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             "byte_scale": scale,
             "threads": torch.get_num_threads(),
             "device": device.type,
+            **scored.facts,
         },
     )
 
