@@ -211,13 +211,17 @@ def variants(as_json: JsonOption = False) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels or evaluate")],
 ) -> None:
-    """Time the Lazy Attention kernels against others; `lazypipe bench kernels --help` lists the options."""
+    """Time the kernels or the benchmarks against others; `lazypipe bench kernels --help` lists the options."""
     from pipeline.document import nearest
 
+    if what == "evaluate":
+        from stages.harness_bench import main as bench_evaluate
+
+        raise typer.Exit(bench_evaluate(context.args))
     if what != "kernels":
-        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels'])}")
+        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels', 'evaluate'])}")
     from kernels.bench import main as bench_kernels
 
     raise typer.Exit(bench_kernels(context.args))

@@ -158,15 +158,8 @@ def evaluate_task(
     from stages.harness import HarnessModel
 
     started = time.perf_counter()
-    done = 0
     with harness_conditions(config), evaluating(checkpoint):
         built = load_task(config, task)
-
-        def on_batch(more: int) -> None:
-            nonlocal done
-            done += more
-            show(done, max(done, len(built.instances)))
-
         model = HarnessModel(
             checkpoint.model,
             tokenizer_json,
@@ -176,7 +169,7 @@ def evaluate_task(
             batch_tokens=config.batch_tokens,
             dtype=config.dtype,
             seed=config.task_seeds[2],
-            on_batch=on_batch,
+            on_batch=show,
         )
         found = evaluate(
             model,

@@ -57,7 +57,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     max_length: tokens the model is given at once. bos: begin every prompt with `eos_id`, which begins every document.
     batch_tokens: tokens of a padded batch; batch_size, if given, counts requests instead.
-    on_batch: called with the number of requests done since the last call; may raise to stop.
+    on_batch: called with the number of requests done and of all there are of their kind; may raise to stop.
     """
 
     def __init__(
@@ -72,13 +72,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         batch_size: int | None = None,
         dtype: str = "float32",
         seed: int = 0,
-        on_batch: Callable[[int], None] = lambda done: None,  # noqa: ARG005
+        on_batch: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = Tokenizer.from_file(str(tokenizer_json))
         self.max_length = max_length or model.config.max_seq_len
         self.counts = Counts()
+        self._device = model.embedding.weight.device
         self._eos_id = eos_id
         self._bos = bos
         self._batch_tokens = batch_tokens
@@ -91,10 +92,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     @property
     def eot_token_id(self) -> int:
         return self._eos_id
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.embedding.weight.device
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text; with `bos`, and unless special tokens are refused, begun by eos_id."""
@@ -139,28 +136,34 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     ) -> list[tuple[float, bool]]:
         # A tokenizer may join the end of a context and a whole continuation to one token: the harness's own backends
         # stop with an assertion, here the continuation is encoded alone.
-        wanted = [
-            self._fit(index, context or [self._eos_id], targets or self.tok_encode(text, add_special_tokens=False))
-            for index, ((_, text), context, targets) in enumerate(requests)
-        ]
-        sums = torch.zeros(len(wanted), dtype=torch.float64)
-        missed = torch.zeros(len(wanted), dtype=torch.int64)
+        wanted: list[_Scored] = []
+        for index, ((_, text), context, targets) in enumerate(requests):
+            after = targets or self.tok_encode(text, add_special_tokens=False)
+            wanted += self._fit(index, context or [self._eos_id], after)
+        sums = torch.zeros(len(requests), dtype=torch.float64)
+        missed = torch.zeros(len(requests), dtype=torch.int64)
+        done = 0
         for batch in self._batches(wanted):
             self._score(batch, sums, missed)
-            self._on_batch(sum(len(same) for same in batch))
+            done += sum(len(same) for same in batch)
+            self._on_batch(done, len(wanted))
         return [(total, miss == 0) for total, miss in zip(sums.tolist(), missed.tolist(), strict=True)]
 
-    def _fit(self, index: int, context: list[int], targets: list[int]) -> _Scored:
-        """A request's input and targets, cut from the left to `max_length` inputs; the last target is no input."""
-        if len(targets) > self.max_length:
-            raise Refusal(
-                f"evaluate.max_length={self.max_length}: a continuation has {len(targets)} tokens; nothing of its "
-                "context would be left. Raise max_length (and the model's max_seq_len), or leave the task out"
-            )
+    def _fit(self, index: int, context: list[int], targets: list[int]) -> list[_Scored]:
+        """A request's input and targets, cut from the left to `max_length` inputs; the last target is no input.
+
+        A continuation of more than `max_length` tokens, at which the harness's own backends stop with an assertion, is
+        scored in pieces of that length.
+        """
         whole = context + targets
+        pieces = []
+        for start in range(0, len(targets), self.max_length):
+            piece = targets[start : start + self.max_length]
+            end = len(context) + start + len(piece) - 1
+            pieces.append(_Scored(index, tuple(whole[max(0, end - self.max_length) : end]), tuple(piece)))
         cut = max(0, len(whole) - 1 - self.max_length)
-        self._count(requests=1, truncated=int(cut > 0), tokens_cut=cut)
-        return _Scored(index, tuple(whole[cut:-1]), tuple(targets))
+        self._count(requests=1, truncated=int(cut > 0), tokens_cut=min(cut, len(context) - 1))
+        return pieces
 
     def _batches(self, wanted: Sequence[_Scored]) -> Iterator[list[list[_Scored]]]:
         """Groups of requests with equal input, longest first, as many as fit a padded batch."""
@@ -221,6 +224,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         settings = [repr(sorted(request.args[1].items())) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(prompts[i]), i))
         answers = [""] * len(requests)
+        done = 0
         # `generate` takes prompts of one length: those of equal settings and length share a batch.
         for _, equal in itertools.groupby(order, key=lambda i: (settings[i], len(prompts[i]))):
             same = list(equal)
@@ -230,7 +234,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 texts = self._continue([prompts[i] for i in batch], requests[batch[0]].args[1])
                 for index, text in zip(batch, texts, strict=True):
                     answers[index] = text
-                self._on_batch(len(batch))
+                done += len(batch)
+                self._on_batch(done, len(requests))
         return answers
 
     def _continue(self, prompts: Sequence[Tokens], settings: dict[str, Any]) -> list[str]:
