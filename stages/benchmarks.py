@@ -101,6 +101,8 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
 
 def divide(config: EvaluateConfig, tasks: Sequence[str]) -> list[list[str]]:
     """The tasks in at most `task_workers` shares, the largest files first, each to the share that has least so far."""
+    if config.task_workers == 1 or len(tasks) < 2:
+        return [list(tasks)] if tasks else []
     sizes = {task: sum(path.stat().st_size for path in files_of(config, task).values()) for task in tasks}
     shares: list[list[str]] = [[] for _ in range(min(config.task_workers, len(tasks)))]
     for task in sorted(tasks, key=lambda name: -sizes[name]):

@@ -92,10 +92,10 @@ def scan(folder: Path) -> dict[str, tuple[str, Path]]:
 def hub_dataset(path: Path) -> str:
     """The `dataset_path` of a definition, its includes followed."""
     text = path.read_text(encoding="utf-8")
-    found = re.search(r"^dataset_path:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
+    found = re.search(r"^[\"']?dataset_path[\"']?:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
     if found:
         return found[1]
-    for include in re.findall(r"^include:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE):
+    for include in re.findall(r"^[\"']?include[\"']?:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE):
         return hub_dataset(path.parent / include)
     return ""
 
@@ -186,7 +186,35 @@ def load_task(config: EvaluateConfig, task: str) -> Any:
     elif built.get_config("num_fewshot") is None:
         built.set_config(key="num_fewshot", value=0)
     built.set_fewshot_seed(seed=config.task_seeds[3])
+    if files:
+        _refuse_missing_fields(built, task, files)
+    shots, spare = built.get_config("num_fewshot"), 0 if "train" in files else 1
+    if files and shots and (examples := len(built.fewshot_docs())) < shots + spare:
+        raise Refusal(
+            f"evaluate.num_fewshot={shots}: the files of {task} hold {examples} documents to take examples from"
+            f"{', the question itself among them' if spare else ''}; lower it, or give a larger train split"
+        )
     return built
+
+
+def _refuse_missing_fields(built: Any, task: str, files: Mapping[str, Path]) -> None:
+    """Refuse files without a field the task's templates read: Jinja would write nothing in its place."""
+    from jinja2 import Environment, meta
+
+    environment = Environment()
+    read: set[str] = set()
+    for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        template = built.get_config(name)
+        if isinstance(template, str):
+            read |= meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
+            if name == "doc_to_target" and template.isidentifier() and built.OUTPUT_TYPE == "multiple_choice":
+                read.add(template)  # the name of a column
+    missing = sorted(read - set(built.features))
+    if missing:
+        raise Refusal(
+            f"evaluate.task_data.{task}: {', '.join(str(path) for path in files.values())} does not fit the harness's "
+            f"task: it reads {', '.join(map(repr, missing))}, and the file has {', '.join(built.features)}"
+        )
 
 
 def _use_files(fields: dict[str, Any], files: Mapping[str, Path], task: str) -> None:
@@ -203,7 +231,7 @@ def _use_files(fields: dict[str, Any], files: Mapping[str, Path], task: str) -> 
         fields[names[split]] = split if split in rows else None
     # Worked examples come from the train split. Without one the harness takes them from the evaluated split, and leaves
     # the question itself out only where both are named alike: "test" and "test", or None and None.
-    fields["fewshot_split"] = "test" if rows.keys() == {"test"} else None
+    fields["fewshot_split"] = "train" if "train" in rows else "test" if rows.keys() == {"test"} else None
     if isinstance(fields.get("fewshot_config"), dict):
         fields["fewshot_config"] = {key: value for key, value in fields["fewshot_config"].items() if key != "split"}
     fields["dataset_kwargs"] = None

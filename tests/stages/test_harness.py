@@ -1,4 +1,4 @@
-"""The adapter against sums by hand in float64, for every mechanism, and against the harness's own Hugging Face backend."""
+"""The adapter against sums by hand in float64, for every mechanism, and against the harness's Hugging Face backend."""
 
 import json
 import subprocess
