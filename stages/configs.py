@@ -160,7 +160,7 @@ class PretrainConfig(StageConfig):
 
 
 class EvaluateConfig(StageConfig):
-    """Held-out loss and continuations of a trained model."""
+    """Held-out loss, continuations and benchmarks of a trained model."""
 
     STAGE_VERSION: ClassVar[int] = 1
 
