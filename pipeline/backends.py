@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from pipeline.execute import StageTask, execute_stage, map_in_processes
+from pipeline.execute import MapFunction, StageTask, execute_stage, map_in_processes
 from pipeline.experiment import Experiment, PretrainResources, StageResources
 from pipeline.plan import Node
 from stages.configs import EvaluateConfig
@@ -270,7 +270,7 @@ def _stage_task(task: StageTask, *input_paths: str) -> str:
     from pipeline.launch import pretrain_on_workers
 
     on_workers = task.stage == "pretrain" and not PretrainResources.model_validate(task.resources).in_task
-    mapping = _map_with_ray
+    mapping: MapFunction = _map_with_ray
     if task.stage == "evaluate":
         held = StageResources.model_validate(task.resources)
         mapping = partial(_map_with_ray, cpus=held.cpus or 1.0, gpus=held.gpus)

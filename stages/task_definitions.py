@@ -22,6 +22,7 @@ from stages.task_files import check_file, read_rows
 
 INSTALL = 'python -m pip install -c constraints.txt -e ".[eval]"'
 SPLITS = ("train", "validation", "test")
+EVALUATED = "evaluated"  # the split the harness evaluates, whichever that is
 
 FILES = {  # below lm_eval/tasks
     "wikitext": "wikitext/wikitext.yaml",
@@ -101,9 +102,9 @@ def hub_dataset(path: Path) -> str:
 
 
 def files_of(config: EvaluateConfig, task: str) -> dict[str, Path]:
-    """{split: file} of a task, the split "" for a file given without one; empty for a task from the hub."""
+    """{split: file} of a task; a file given without a split is that of EVALUATED. Empty for a task from the hub."""
     files = config.task_data.get(task, {})
-    found = {"": files} if isinstance(files, str) else files
+    found = {EVALUATED: files} if isinstance(files, str) else files
     return {split: Path(path) for split, path in found.items()}
 
 
@@ -132,8 +133,7 @@ def pin_tasks(config: EvaluateConfig) -> EvaluateConfig:
 def tasks_identity(config: EvaluateConfig, cache_dir: Path | None) -> dict[str, Any]:
     """What of the tasks' data enters the fingerprint: contents and commits, never paths. Refuses what cannot work.
 
-    {task: {split: sha256}} of local files (the split "" is the one the harness evaluates), {task: commit} of the hub's.
-    Empty without tasks.
+    {task: {split: sha256}} of local files, {task: commit} of the hub's. Empty without tasks.
     """
     found: dict[str, Any] = {}
     for task in expand(config.tasks):
@@ -223,7 +223,7 @@ def _use_files(fields: dict[str, Any], files: Mapping[str, Path], task: str) -> 
 
     names = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
     evaluated = "test" if fields.get("test_split") else "validation"
-    by_split = {split or evaluated: path for split, path in files.items()}
+    by_split = {evaluated if split == EVALUATED else split: path for split, path in files.items()}
     if not by_split.keys() & {"validation", "test"}:
         raise Refusal(f"evaluate.task_data.{task}: has a train split alone; add the validation or the test split")
     rows = {split: read_rows(path, task) for split, path in by_split.items()}

@@ -130,7 +130,7 @@ def test_workers_hold_what_the_stage_holds() -> None:
     demand = demand_of(node, experiment, Capacity(8, 8, 4, 4))
     assert (demand.cpus, demand.gpus, demand.task_cpus, demand.task_gpus) == (6, 4, 2, 1)
     with pytest.raises(
-        Refusal, match=r"evaluate.task_workers=3 and the stage, \(1 \+ 3\) x 1 = 4 GPU asked for, but 2"
+        Refusal, match=r"evaluate.task_workers=3 and the stage itself, \(1 \+ 3\) x 1 = 4 GPU asked for, but 2"
     ):
         demand_of(node, experiment, Capacity(8, 2, 4, 2))
     with pytest.raises(Refusal, match=r"evaluate.task_workers=3 x 2 = 6 CPU asked for, but 4"):

@@ -95,7 +95,7 @@ def test_contents_enter_the_recipe_and_paths_do_not(tmp_path: Path) -> None:
     def identity(files: Any) -> dict[str, Any]:
         return tasks_identity(EvaluateConfig(tasks=("piqa",), task_data={"piqa": files}), tmp_path / "cache")
 
-    assert identity(str(one)) == identity(str(two)) == {"tasks": {"piqa": {"": file_sha256(one)}}}
+    assert identity(str(one)) == identity(str(two)) == {"tasks": {"piqa": {"evaluated": file_sha256(one)}}}
     assert identity(str(one)) != identity(str(other))
     assert identity({"validation": str(one), "train": str(other)})["tasks"]["piqa"].keys() == {"validation", "train"}
 
