@@ -9,6 +9,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from model.checkpoint import load_checkpoint
 from pipeline.backends import Capacity, demand_of
@@ -59,7 +60,7 @@ def test_tasks_on_ray_workers_give_the_numbers_of_this_process(finished_run: Fin
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
     try:
-        table = mlflow.load_table("tasks.json", run_ids=[run.info.run_id])
+        table = MlflowClient().load_table(run.info.experiment_id, "tasks.json", run_ids=[run.info.run_id])
     finally:
         mlflow.set_tracking_uri(before)
     assert list(table["task"].unique()) == list(TASKS)

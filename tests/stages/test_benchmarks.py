@@ -203,7 +203,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
 
     def watched(config: EvaluateConfig, task: str, *rest: Any) -> Any:
         ran.append(task)
-        if len(ran) == 2:
+        if ran == ["piqa", "copa"] and config.limit is None:
             (context.scratch_dir / "stop").touch()
         return original(config, task, *rest)
 
