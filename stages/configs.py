@@ -19,6 +19,9 @@ def operational(default: Any = ..., **keywords: Any) -> Any:
     return Field(default, json_schema_extra={"identity": False}, **keywords)
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+
+
 class StageConfig(BaseModel):
     """Base of all configs: frozen, unknown keys refused."""
 
@@ -198,7 +201,7 @@ class EvaluateConfig(StageConfig):
     max_length: int | None = Field(
         None, gt=1, description="tokens of a benchmark prompt, cut from the left; max_seq_len when null"
     )
-    task_seeds: tuple[int, int, int, int] = Field(
+    task_seeds: tuple[Seed, Seed, Seed, Seed] = Field(
         (0, 1234, 1234, 1234), description="seeds of a task: Python, NumPy, torch, few-shot; the harness's own"
     )
     bootstrap_iters: int = Field(
