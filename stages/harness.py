@@ -137,7 +137,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         # A tokenizer may join the end of a context and a whole continuation to one token: the harness's own backends
         # stop with an assertion, here the continuation is encoded alone.
         wanted: list[_Scored] = []
-        for index, ((_, text), context, targets) in enumerate(requests):
+        for index, ((_context, text), context, targets) in enumerate(requests):
             after = targets or self.tok_encode(text, add_special_tokens=False)
             wanted += self._fit(index, context or [self._eos_id], after)
         sums = torch.zeros(len(requests), dtype=torch.float64)

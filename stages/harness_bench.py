@@ -6,12 +6,13 @@ transformers can run it. Their answers are compared before anything is timed; ti
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import logging
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def to_llama(model: Transformer) -> Any:
     config = model.config
     if set(config.layer_mixers) != {"standard"} or config.qk_norm:
         raise Refusal(f"mixer={config.mixer}: only a model of standard attention without qk_norm is a Llama")
-    llama = LlamaForCausalLM(
+    llama: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
             hidden_size=config.hidden_size,
@@ -76,9 +77,8 @@ def save_llama(model: Transformer, tokenizer_json: Path, directory: Path) -> Non
 def hugging_face_tokenizer(tokenizer_json: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_json), eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+    tokenizer_class: Any = PreTrainedTokenizerFast  # untyped
+    return tokenizer_class(tokenizer_file=str(tokenizer_json), eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
 def questions(count: int, seed: int) -> list[tuple[str, str]]:
@@ -136,13 +136,13 @@ def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
         tokenizer_json = Path(folder) / "tokenizer.json"
         train_tokenizer([context + continuation for context, continuation in pairs], 2048, tokenizer_json)
         ours = HarnessModel(model, tokenizer_json, eos_id=0, batch_size=options.batch_size)
-        theirs = HFLM(
+        theirs: Any = HFLM(
             pretrained=to_llama(model).to(device),
             tokenizer=hugging_face_tokenizer(tokenizer_json),
             batch_size=options.batch_size,
             max_length=config.max_seq_len,
         )
-        backends = {
+        backends: dict[str, Callable[[], Any]] = {
             "ours": lambda: ours.loglikelihood(instances),
             "hflm": lambda: theirs.loglikelihood(instances, disable_tqdm=True),
         }
@@ -172,14 +172,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    try:
-        import accelerate  # noqa: F401
-        import lm_eval  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("accelerate", "lm_eval") if importlib.util.find_spec(name) is None]
+    if missing:
         raise Refusal(
-            f"bench evaluate: {error.name} is not installed; it comes with  python -m pip install -c constraints.txt "
+            f"bench evaluate: {' and '.join(missing)} missing; install with  python -m pip install -c constraints.txt "
             '-e ".[test]"'
-        ) from None
+        )
     rows = []
     print(f"{'vocab':>7} {'requests':>9} {'ours/s':>9} {'HFLM/s':>9} {'ratio':>6}  largest difference (nats)")
     for vocab_size in options.vocab_size:
