@@ -12,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from pipeline.execute import StageTask, execute_stage, map_in_processes
+from pipeline.execute import MapFunction, StageTask, execute_stage, map_in_processes
 from pipeline.experiment import Experiment, PretrainResources, StageResources
 from pipeline.plan import Node
+from stages.configs import EvaluateConfig
 from stages.contract import Refusal, first_line
 
 
@@ -79,9 +81,18 @@ def demand_of(node: Node, experiment: Experiment, capacity: Capacity) -> Demand:
     wide = node.stage in ("tokenize", "pretrain")
     cpus = resources.cpus or (capacity.node_cpus if wide else min(1.0, capacity.node_cpus))
     gpus = resources.gpus if isinstance(resources, StageResources) else 0.0
+    shares = node.config.task_workers if isinstance(node.config, EvaluateConfig) and node.config.tasks else 1
+    if shares > 1:
+        # While the stage waits for its workers it lends them its cores, but keeps its GPU.
+        asked = f"{where}: evaluate.task_workers={shares}"
+        _require(f"{asked} x {cpus:g} =", shares * cpus, capacity.cpus, "CPU")
+        _require(
+            f"{asked} and the stage itself, (1 + {shares}) x {gpus:g} =", (1 + shares) * gpus, capacity.gpus, "GPU"
+        )
     _require(f"{where}.gpus", gpus, capacity.node_gpus, "GPU on one node,")
     _require(f"{where}.cpus", cpus, capacity.node_cpus, "CPU on one node,")
-    return Demand(cpus, gpus, cpus, gpus, resources.threads or max(1, int(cpus)))
+    total_gpus = gpus if shares == 1 else (1 + shares) * gpus
+    return Demand(shares * cpus, total_gpus, cpus, gpus, resources.threads or max(1, int(cpus)))
 
 
 def _require(what: str, asked: float, present: float, unit: str) -> None:
@@ -259,7 +270,11 @@ def _stage_task(task: StageTask, *input_paths: str) -> str:
     from pipeline.launch import pretrain_on_workers
 
     on_workers = task.stage == "pretrain" and not PretrainResources.model_validate(task.resources).in_task
-    return execute_stage(task, input_paths, _map_with_ray, run=pretrain_on_workers if on_workers else None)
+    mapping: MapFunction = _map_with_ray
+    if task.stage == "evaluate":
+        held = StageResources.model_validate(task.resources)
+        mapping = partial(_map_with_ray, cpus=held.cpus or 1.0, gpus=held.gpus)
+    return execute_stage(task, input_paths, mapping, run=pretrain_on_workers if on_workers else None)
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
@@ -267,15 +282,17 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def _map_with_ray(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """An ordered map over one-core Ray tasks. While the caller waits, Ray lends them the cores its own task holds."""
+def _map_with_ray(
+    function: Callable[[Any], Any], items: Iterable[Any], cpus: float = 1.0, gpus: float = 0.0
+) -> Iterator[Any]:
+    """An ordered map over Ray tasks. While the caller waits, Ray lends them the cores its own task holds."""
     import ray
 
     todo = list(items)
     if len(todo) <= 1:
         yield from map(function, todo)
         return
-    remote = ray.remote(num_cpus=1, max_retries=2)(_call)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_call)
     function_reference = ray.put(function)
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     pending: deque[Any] = deque()

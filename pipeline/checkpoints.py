@@ -45,7 +45,7 @@ def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str
         raise Refusal(f"--variant {variant}: {target} has no such variant{nearest(variant, names)}")
     place = resolve_root(experiment, root)
     sources = inspect_sources(experiment, place, write_cache=False)
-    node = build_nodes(sources.experiment, sources.identity)[f"pretrain/{variant}"]
+    node = build_nodes(sources.experiment, sources.identity, sources.tasks)[f"pretrain/{variant}"]
     entry = Store(place).entry(node.stage, node.fingerprint)
     again = " ".join([f"lazypipe run {target}", *overrides, f"--only {node.id}", *([f"--root {root}"] if root else [])])
     damage = entry.damage()

@@ -270,9 +270,9 @@ def generate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels or generate")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels, generate or evaluate")],
 ) -> None:
-    """Time the Lazy Attention kernels, or decoding with a trained model; `bench WHAT --help` lists the options."""
+    """Time the kernels, decoding, or the benchmarks against others; `bench WHAT --help` lists the options."""
     from pipeline.document import nearest
 
     if what == "generate":
@@ -280,8 +280,12 @@ def bench(
 
         bench_generate(context.args)
         return
+    if what == "evaluate":
+        from stages.harness_bench import main as bench_evaluate
+
+        raise typer.Exit(bench_evaluate(context.args))
     if what != "kernels":
-        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels', 'generate'])}")
+        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels', 'generate', 'evaluate'])}")
     from kernels.bench import main as bench_kernels
 
     raise typer.Exit(bench_kernels(context.args))

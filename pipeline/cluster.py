@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from pipeline.experiment import Experiment, load_experiment, source_files
+from pipeline.experiment import Experiment, load_experiment, source_files, task_files
 from pipeline.job_package import EXPERIMENT_FILE, START_SCRIPT_FILE, write_job_package
 from stages.contract import Refusal, first_line
 
@@ -62,7 +62,7 @@ def submit_job(
 
     say(f"submitted {job_id} to {url}")
     say(f"root on the cluster: {place.root}")
-    if sources := source_files(experiment.tokenize):
+    if sources := source_files(experiment.tokenize) + task_files(experiment):
         say(f"not shipped, must exist on every node of the cluster: {', '.join(sources)}")
     how = f"follow: ray job logs --address {url} --follow {job_id}\nstop:   ray job stop --address {url} {job_id}"
     if not follow:

@@ -35,7 +35,10 @@ STAGE_MODULES = {
     "report": "stages.report",
 }
 TORCH_STAGES = frozenset({"pretrain", "evaluate", "sparsity"})
-RECORDED_VERSIONS = ("torch", "triton", "ray", "mlflow", "tokenizers", "transformers", "datasets", "pyarrow", "numpy")
+RECORDED_VERSIONS = (
+    *("torch", "triton", "ray", "mlflow", "tokenizers", "transformers", "datasets", "pyarrow", "numpy"),
+    "lm_eval",
+)
 
 MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 RunStage = Callable[["StageTask", StageConfig, Mapping[str, Artifact], MapFunction], Outputs]

@@ -203,7 +203,10 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
         evaluate=check(EvaluateConfig, evaluate_fields, "evaluate", own),
         sparsity=check(SparsityConfig, _section(document, "sparsity"), "sparsity"),
     )
-    for key, length in [*variant.evaluate.window_lengths(), ("sparsity.seq_len", variant.sparsity.seq_len)]:
+    lengths = variant.evaluate.window_lengths()
+    if variant.evaluate.max_length is not None:
+        lengths.append(("evaluate.max_length", variant.evaluate.max_length))
+    for key, length in [*lengths, ("sparsity.seq_len", variant.sparsity.seq_len)]:
         too_long = model.too_long(length)
         if too_long is not None:
             raise Refusal(f"{own.get(key, key)} of {where}: {too_long}")
@@ -234,7 +237,7 @@ def _section(document: Document, key: str) -> dict[str, Any]:
 
 
 def _absolute_paths(document: Document) -> Document:
-    """Make source and tokenizer paths absolute, so that the document means the same from another folder."""
+    """Make the paths of data and tokenizer absolute, so that the document means the same from another folder."""
     document = json.loads(json.dumps(document, default=str))
     tokenize = _section(document, "tokenize")
     source, tokenizer = tokenize.get("source"), tokenize.get("tokenizer")
@@ -247,7 +250,19 @@ def _absolute_paths(document: Document) -> Document:
     for part, key in ((source, "dataset"), (tokenizer, "name")):
         if isinstance(part, dict) and part.get("kind") == "hub" and isinstance(part.get(key), str):
             part[key] = _absolute_directory(part[key])
+    variants = document.get("variants")
+    for section in (document, *(variants.values() if isinstance(variants, dict) else ())):
+        evaluate = section.get("evaluate") if isinstance(section, dict) else None
+        if isinstance(evaluate, dict) and isinstance(evaluate.get("task_data"), dict):
+            evaluate["task_data"] = {task: _absolute_files(files) for task, files in evaluate["task_data"].items()}
     return document
+
+
+def _absolute_files(files: Any) -> Any:
+    """The file of a task, or its files by split, made absolute; anything else as it is, for its Config to refuse."""
+    if isinstance(files, dict):
+        return {split: _absolute(path) if isinstance(path, str) else path for split, path in files.items()}
+    return _absolute(files) if isinstance(files, str) else files
 
 
 def _absolute_directory(name: str) -> str:
@@ -363,8 +378,19 @@ def _nested_model(annotation: Any, value: Mapping[str, Any]) -> type[BaseModel] 
     return None
 
 
+def task_files(experiment: Experiment) -> list[str]:
+    """The benchmark files an experiment reads."""
+    found = [
+        path
+        for variant in experiment.variants.values()
+        for files in variant.evaluate.task_data.values()
+        for path in ([files] if isinstance(files, str) else files.values())
+    ]
+    return list(dict.fromkeys(found))
+
+
 def source_files(config: TokenizeConfig) -> list[str]:
-    """The paths an experiment reads, for the submitter, which has to say what travels and what does not."""
+    """The paths a corpus is read from, for the submitter, which has to say what travels and what does not."""
     paths: list[str] = []
     if isinstance(config.source, FilesSource):
         paths += config.source.paths

@@ -37,7 +37,8 @@ def show_plan(
     store = Store(root)
     try:
         sources = inspect_sources(experiment, root, write_cache=False)
-        decisions = decide(build_nodes(sources.experiment, sources.identity), store, selection, full_check=verify)
+        nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
+        decisions = decide(nodes, store, selection, full_check=verify)
     except Refusal:
         if not as_json:  # the models need no corpus: a hub that cannot be reached does not hide what they cost
             show_costs(cost_rows(experiment, vocabulary(experiment.tokenize, None)), console)
@@ -91,7 +92,7 @@ def show_status(
     store = Store(root)
     if experiment is not None:
         sources = inspect_sources(experiment, root, write_cache=False)
-        nodes = build_nodes(sources.experiment, sources.identity).values()
+        nodes = build_nodes(sources.experiment, sources.identity, sources.tasks).values()
         rows = [_row(n.stage, n.variant, store.entry(n.stage, n.fingerprint)) for n in nodes]
     else:
         rows = [_row(stage, None, entry) for stage in STAGES for entry in store.entries(stage)]

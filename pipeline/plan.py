@@ -68,13 +68,21 @@ class Selection:
 Plan = dict[str, Decision]
 
 
-def build_nodes(experiment: Experiment, source_identity: Mapping[str, Any]) -> dict[str, Node]:
-    """Every node of the DAG in topological order, with recipes. `source_identity` is what the corpus contributes."""
+def build_nodes(
+    experiment: Experiment,
+    source_identity: Mapping[str, Any],
+    task_identities: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Node]:
+    """Every node of the DAG in topological order, with recipes.
+
+    `source_identity` is what the corpus contributes, `task_identities` by variant what its benchmarks' data does.
+    """
     nodes: dict[str, Node] = {}
+    tasks = task_identities or {}
 
     def add(stage: str, variant: str | None, config: StageConfig, inputs: Mapping[str, str]) -> None:
         node_id = stage if variant is None else f"{stage}/{variant}"
-        source = source_identity if stage == "tokenize" else {}
+        source = source_identity if stage == "tokenize" else tasks.get(variant or "", {}) if stage == "evaluate" else {}
         kept = identity(config)
         upstream = {name: nodes[origin].fingerprint for name, origin in inputs.items()}
         version: int = config.STAGE_VERSION  # type: ignore[attr-defined]
@@ -180,7 +188,7 @@ def was_forced(entry: Entry) -> bool:
 
 
 def _resumable(entry: Entry) -> bool:
-    return any((entry.scratch / "checkpoints").glob("step-*"))
+    return any((entry.scratch / "checkpoints").glob("step-*")) or any((entry.scratch / "tasks").glob("*.json"))
 
 
 def _differences(node: Node, generation: Generation) -> list[str]:

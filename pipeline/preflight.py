@@ -16,6 +16,7 @@ from pipeline.store import Generation
 from stages.configs import EvaluateConfig, PretrainConfig, SparsityConfig, TokenizeConfig
 from stages.contract import Refusal
 from stages.corpus import SourceSummary, check_source, pin, source_identity
+from stages.task_definitions import pin_tasks, tasks_identity
 
 RESERVE_BYTES = 32 * 2**20  # MLflow's database, tables, figures
 BYTES_PER_TOKEN_GUESS = 2  # of text; a byte-level BPE gives 3-4, so this is on the safe side
@@ -24,15 +25,19 @@ VOCABULARY_GUESS = 65_536  # for a tokenizer that is not trained here
 
 @dataclass(frozen=True)
 class Sources:
-    """An experiment whose hub revisions are pinned, what is known of its corpus, and what of that enters the recipe."""
+    """An experiment whose hub revisions are pinned, what is known of its corpus, and what of that enters the recipe.
+
+    tasks: by variant, what of its benchmarks' data enters the recipe of its evaluation.
+    """
 
     experiment: Experiment
     summary: SourceSummary
     identity: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
 
 
 def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True) -> Sources:
-    """Check that the corpus and tokenizer can be used, and pin what they are.
+    """Check that the corpus, the tokenizer and the benchmarks can be used, and pin what they are.
 
     File hashes are cached below the root, unless `write_cache` is false and nothing was written there yet.
     """
@@ -48,8 +53,13 @@ def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True
     )
     config = pin(experiment.tokenize)
     summary = check_source(config, cache, min_tokens=min_tokens)
-    pinned = experiment.model_copy(update={"tokenize": config})
-    return Sources(pinned, summary, source_identity(config, cache))
+    variants, tasks = {}, {}
+    for name, variant in experiment.variants.items():
+        evaluate = pin_tasks(variant.evaluate)
+        variants[name] = variant.model_copy(update={"evaluate": evaluate})
+        tasks[name] = tasks_identity(evaluate, cache)
+    pinned = experiment.model_copy(update={"tokenize": config, "variants": variants})
+    return Sources(pinned, summary, source_identity(config, cache), tasks)
 
 
 def check_root(root: Path) -> None:

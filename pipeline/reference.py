@@ -47,7 +47,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("tokenize.tokenizer, kind: hub", HubTokenizer, ""),
     ("model", ModelConfig, "A pre-norm decoder: RMSNorm, SwiGLU, RoPE. `lazypipe variants` lists mixers and patterns."),
     ("pretrain", PretrainConfig, "AdamW, linear warm-up, cosine decay, gradient clipping and accumulation."),
-    ("evaluate", EvaluateConfig, "Held-out loss and continuations."),
+    ("evaluate", EvaluateConfig, "Held-out loss, continuations, and benchmarks (docs/evaluation.md)."),
     ("evaluate.extrapolation", ExtrapolationConfig, "Perplexity by context length and position: docs/probes.md."),
     ("evaluate.probes", ProbesConfig, "Retrieval probes: docs/probes.md."),
     ("sparsity", SparsityConfig, "The attention weights on held-out text."),
@@ -93,6 +93,8 @@ def _type(annotation: object) -> str:
         if any(isinstance(a, type) and issubclass(a, BaseModel) for a in arguments):
             return "see below"
         return " or ".join("null" if a is type(None) else _type(a) for a in arguments)
+    if origin is dict:
+        return f"mapping to {_type(arguments[1])}"
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     if origin is typing.Annotated:

@@ -47,7 +47,7 @@ class RunOptions:
 def make_plan(experiment: Experiment, root: Path, selection: Selection, full_check: bool) -> tuple[Plan, int]:
     """(plan, bytes of the corpus). Cached inputs of stages that will run are verified in full when `full_check`."""
     sources = inspect_sources(experiment, root)
-    nodes = build_nodes(sources.experiment, sources.identity)
+    nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
     plan = decide(nodes, Store(root), selection)
     if full_check and any(d.action == "run" for d in plan.values()):
         plan = decide(nodes, Store(root), selection, full_check=True)

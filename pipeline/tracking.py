@@ -23,7 +23,7 @@ from pipeline.fingerprint import flatten
 from pipeline.lease import Holder, is_alive
 from pipeline.plan import Node, Plan
 from pipeline.store import Generation
-from pipeline.tracking_upload import flat_facts, log_files, log_model, log_params, log_points
+from pipeline.tracking_upload import flat_facts, log_files, log_model, log_params, log_points, log_task_table
 from pipeline.tracking_uri import first_touch
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -306,6 +306,7 @@ class Tracker:
                 self.client.set_tag(child.run_id, f"fact.{key}", value)
             self.client.set_tag(child.run_id, "lazypipe.path", str(generation.path))
             log_files(self.client, child.run_id, generation)
+            log_task_table(self.client, child.run_id, generation)
             self.client.set_terminated(child.run_id, status="FINISHED")
 
         if child.run_id:

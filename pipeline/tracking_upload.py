@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # mlflow takes seconds to import; a cached run never needs it
 MAX_ARTIFACT_BYTES = 64 * 2**20  # larger files stay in the store and are linked by path
 # Token shards are data, not results; weights go into the LoggedModel.
 LINKED_SUFFIXES = (".arrow", ".safetensors")
+LOGGED_TABLES = "mlflow.loggedArtifacts"  # the tag MLflow lists a run's tables in; logging one again would append to it
 
 
 def log_files(client: MlflowClient, run_id: str, generation: Generation) -> None:
@@ -26,6 +28,15 @@ def log_files(client: MlflowClient, run_id: str, generation: Generation) -> None
             continue
         folder = Path(name).parent.as_posix()
         client.log_artifact(run_id, str(generation.path / name), None if folder == "." else folder)
+
+
+def log_task_table(client: MlflowClient, run_id: str, generation: Generation) -> None:
+    """tables/tasks of an evaluation as an MLflow table, which the UI shows and compares across runs; once per run."""
+    rows = generation.path / "tables" / "tasks.json"
+    if not rows.is_file() or LOGGED_TABLES in client.get_run(run_id).data.tags:
+        return
+    found = json.loads(rows.read_text(encoding="utf-8"))
+    client.log_table(run_id, {name: [row[name] for row in found] for name in found[0]}, "tasks.json")
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, node: Node, generation: Generation) -> None:

@@ -24,6 +24,7 @@ from pipeline.preflight import check_lengths
 from pipeline.progress import Display
 from pipeline.store import MANIFEST, Generation, Store, read_generation
 from pipeline.tracking import ChildRun, Tracker
+from stages.configs import EvaluateConfig
 from stages.contract import Interrupted, Refusal, first_line
 
 POLL_S = 0.25
@@ -251,11 +252,12 @@ class Walk:
         self._release(running.directory)
 
     def _killed(self, running: Running) -> None:
-        node_id = running.decision.node.id
+        node = running.decision.node
+        node_id = node.id
         self.outcomes[node_id].state = "killed"
         self._discard_output(running)
         self.tracker.fail_child(running.child, "KILLED", "")
-        resumes = running.decision.node.stage == "pretrain"
+        resumes = node.stage == "pretrain" or (isinstance(node.config, EvaluateConfig) and bool(node.config.tasks))
         self.display.set(node_id, "killed", "resumes with the next run" if resumes else "")
 
     def _discard_output(self, running: Running) -> None:

@@ -11,11 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.config import ModelConfig
+from stages.suites import expand
 
 
 def operational(default: Any = ..., **keywords: Any) -> Any:
     """A pydantic Field that is not part of the stage's identity."""
     return Field(default, json_schema_extra={"identity": False}, **keywords)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 
 class StageConfig(BaseModel):
@@ -258,7 +262,7 @@ Ablation = Literal["skip", "skip_mixer"]
 
 
 class EvaluateConfig(StageConfig):
-    """Held-out loss and continuations of a trained model."""
+    """Held-out loss, continuations and benchmarks of a trained model."""
 
     STAGE_VERSION: ClassVar[int] = 1
 
@@ -300,6 +304,46 @@ class EvaluateConfig(StageConfig):
         if len(set(ablations)) < len(ablations):
             raise ValueError(f"{list(ablations)} names an ablation twice; name each once")
         return ablations
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="benchmarks: lazy9, deconstruct9, or any task of lm-evaluation-harness (needs the extra eval)"
+    )
+    task_data: dict[str, str | dict[Literal["train", "validation", "test"], str]] = operational(
+        {},
+        description="local file of a task, or one per split; a task without comes from the hub. "
+        "The content enters the fingerprint",
+    )
+    task_revisions: dict[str, str] = operational(
+        {}, description="commit, tag or branch of a task's hub dataset; the resolved commit enters the fingerprint"
+    )
+    limit: int | None = Field(None, gt=0, description="documents per task, the first ones; all when null")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="worked examples before each question; the task's own number when null"
+    )
+    bos: bool = Field(False, description="begin every benchmark prompt with the end-of-document token")
+    max_length: int | None = Field(
+        None, gt=1, description="tokens of a benchmark prompt, cut from the left; max_seq_len when null"
+    )
+    task_seeds: tuple[Seed, Seed, Seed, Seed] = Field(
+        (0, 1234, 1234, 1234), description="seeds of a task: Python, NumPy, torch, few-shot; the harness's own"
+    )
+    bootstrap_iters: int = Field(
+        1000, ge=0, description="resamples behind standard errors without a formula (lambada's perplexity)"
+    )
+    log_samples: bool = Field(False, description="keep every document's prompts and answers, in samples/TASK.jsonl")
+    task_workers: int = operational(1, gt=0, description="workers the tasks are spread over")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tasks = expand(self.tasks)
+        for field in ("task_data", "task_revisions"):
+            for task in getattr(self, field):
+                if task not in tasks:
+                    raise ValueError(
+                        f"{field} names {task!r}, which tasks={list(self.tasks)} does not hold; add it there, or "
+                        f"remove it from {field}"
+                    )
+        return self
 
 
 class SparsityConfig(StageConfig):

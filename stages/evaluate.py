@@ -1,4 +1,4 @@
-"""Held-out loss of a trained model, its perplexity at several context lengths, and some of its own text.
+"""Held-out loss of a trained model, its perplexity at several context lengths, some of its own text, and benchmarks.
 
 A context length L cuts the validation tokens into windows that share no prediction: window w predicts tokens
 w L + 1 ... w L + L, each from the tokens of its window before it. So the average prediction at L sees about L / 2
@@ -24,7 +24,7 @@ from model.checkpoint import Checkpoint, load_checkpoint
 from model.generate import generate
 from model.loss import next_token_loss
 from model.transformer import Transformer
-from stages import length_extrapolation, probes
+from stages import benchmarks, length_extrapolation, probes
 from stages.batches import count_windows, document_borders, read_window, validation_windows
 from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
@@ -58,11 +58,12 @@ class Score(NamedTuple):
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
-    """Score the model on the validation split and let it continue the prompts.
+    """Score the model on the validation split, let it continue the prompts, and run the benchmarks asked for.
 
     Writes tables/context_lengths, tables/continuations and, where asked for, tables/ablations and what
-    length_extrapolation.measure and probes.measure write. Refuses, before any compute, a length for which the split
-    holds no window, and probes that take more different tokens than there are. Leaves global random states alone.
+    length_extrapolation.measure, probes.measure and benchmarks.run_tasks write. Refuses, before any compute, a length
+    for which the split holds no window, probes that take more different tokens than there are, and a benchmark that
+    cannot be read. Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
@@ -74,6 +75,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     usable = usable_tokens(shards, table) if config.probes.lengths else None
     if usable is not None:
         refuse_small_vocabulary(config.probes, len(usable))
+    if config.tasks:
+        benchmarks.check_tasks(config)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(trained.path / "checkpoint", device)
@@ -127,6 +130,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     if reduced:
         rows = [{"ablation": name, **row(trained_length, score, max_seq_len)} for name, score in reduced.items()]
         context.log_table("ablations", rows)
+    scored = benchmarks.run_tasks(config, checkpoint, tokenizer_json, context) if config.tasks else Outputs()
     headline = scores[trained_length]
     return Outputs(
         metrics={
@@ -137,6 +141,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             **{f"validation_loss/{name}": score.loss for name, score in reduced.items()},
             **{f"perplexity/{name}": score.perplexity for name, score in reduced.items()},
             **more,
+            **scored.metrics,
         },
         facts={
             "max_seq_len": max_seq_len,
@@ -145,6 +150,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             "byte_scale": scale,
             "threads": torch.get_num_threads(),
             "device": device.type,
+            **scored.facts,
         },
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import pictures, report_probes, report_sections
+from stages import pictures, report_benchmarks, report_probes, report_sections
 from stages.configs import ReportConfig
 from stages.contract import Artifact, Context, Outputs
 from stages.published import beside_published
@@ -73,6 +73,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
         ),
         "ablations": report_sections.ablations(report["rows"]),
         "context_lengths": report_sections.context_lengths(variants),
+        "benchmarks": report_benchmarks.benchmarks(variants),
         "continuations": report_sections.continuations(variants),
         "pictures": report_sections.copy_pictures(shown, context.output_dir),
         "warnings": report_sections.warnings_of(inputs),
@@ -88,6 +89,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
     context.progress(4, 4, "parts")
 
     names = [*METRICS, *(key for key in report["columns"] if key.startswith(PERPLEXITY_AT))]
+    names += dict.fromkeys("/".join(key) for variant in variants for key in report_benchmarks.by_metric(variant))
     metrics = {
         f"{row['variant']}/{name}": float(row[name])
         for row in report["rows"]
