@@ -7,7 +7,9 @@ softmax attention's own products (2 forward, 5 backward), so that all implementa
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.bench_cases import Inputs, Peer, make_inputs, peers_for
+from kernels.bench_cases import Inputs, Peer, make_inputs, outside_peer, peers_for
 from kernels.bench_report import format_table, write_plot
 from kernels.bench_timing import interleaved_medians, measured_peak
 
@@ -211,6 +213,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refusal(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with a request, in one line and before anything is timed; None when nothing is."""
+    for name in ("length", "head_dim", "window", "batch", "heads", "threads", "repeats", "input_sets"):
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < 1:
+                return f"--{name.replace('_', '-')} is {value}; expected at least 1"
+    for share in arguments.steep_share:
+        if not 0 <= share <= 1:
+            return f"--steep-share is {share}; expected 0 to 1, the share of heads that attend locally"
+    if arguments.matmul_tflops is not None and not arguments.matmul_tflops > 0:
+        return f"--matmul-tflops is {arguments.matmul_tflops}; expected a positive number"
+    for name in arguments.peer:
+        try:
+            outside_peer(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            return f"--peer {name}: {error}"
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            return f"{option} {path} cannot be written; give a file in a folder that exists and is writable"
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        return "--plot needs matplotlib; install it or leave --plot out"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return "device is cuda and no GPU is visible; use --device cpu"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints the table, writes JSON and plot where asked. Returns 0, or 2 for a bad request."""
     arguments = parse(argv)
@@ -218,8 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         fields, name, outside = json.loads(arguments.one_peak)
         print(one_peak(Case(**fields), name, outside))
         return 0
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("device is cuda and no GPU is visible; use --device cpu", file=sys.stderr)
+    wrong = refusal(arguments)
+    if wrong is not None:
+        print(wrong, file=sys.stderr)
         return 2
     torch.set_num_threads(arguments.threads)
     bound = arguments.matmul_tflops or matmul_tflops(DTYPES[arguments.dtype], arguments.device)

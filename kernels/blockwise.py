@@ -4,12 +4,16 @@ A strip is BLOCK query rows of a few heads against every key they may see. Whole
 torch's fused softmax backward make ds in one pass over memory, and leave 2 + 5 matrix products, as many as
 FlashAttention. Key blocks that Elastic-Softmax empties are found from row maxima; the V product of the forward and the
 dV and dO.V products of the backward skip them. The backward keeps nothing but the inputs, the lse and the block mask.
-Strips run one after the other in a fixed order: results repeat bitwise for a given thread count.
+Heads are tasks, side by side on one core each (`kernels.lanes`), and the strips of a task run in a fixed order: results
+repeat bitwise for a given thread count.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
+from kernels.lanes import run_side_by_side
 from kernels.strips import (
     BLOCK,
     LOG2_E,
@@ -21,6 +25,7 @@ from kernels.strips import (
     block_peaks,
     carve,
     prepare,
+    scratch,
     stacked_rows,
     strip_probs,
     strip_scores,
@@ -55,9 +60,13 @@ def blockwise(
     row_mass, row_sparsity = (torch.empty(stat_shape, dtype=torch.float32) for _ in range(2))
     # Looking for empty blocks takes a few calls a strip; two or three blocks cannot repay them.
     look = return_stats or (key_blocks > 3 and p.some_tau_negative)
-    spaces = [torch.empty(p.largest_strip, dtype=dtype) for _ in range(2)]
 
-    for s in p.strips:
+    def run_task(task: list[Strip]) -> None:
+        spaces = scratch(p, task, 2)
+        for s in task:
+            run_strip(s, spaces)
+
+    def run_strip(s: Strip, spaces: list[Tensor]) -> None:
         scores = strip_scores(p, s, stacked_rows(s, p.q), spaces[0])
         peaks = block_peaks(scores) if look else scores.amax(-1, keepdim=True)
         row_max = peaks.amax(-1, keepdim=True) if look else peaks
@@ -86,6 +95,8 @@ def blockwise(
         if return_stats:
             _rows(row_mass, layout, s).copy_(view5(p, s, mass / total).squeeze(-1))
             _rows(row_sparsity, layout, s).copy_(1.0 - view5(p, s, used).squeeze(-1) / _visible_count(p, s))
+
+    run_side_by_side([functools.partial(run_task, task) for task in p.tasks])
     return out, lse, row_mass, row_sparsity, mask
 
 
@@ -144,22 +155,28 @@ def blockwise_backward(
     pairs_by_keys = (p.k.shape[0], dim, k.shape[2])
     dk = torch.zeros(pairs_by_keys if need_k else (0,), dtype=dtype)
     dv = torch.zeros(pairs_by_keys if need_v else (0,), dtype=dtype)
-    band_grad = torch.zeros(p.band.shape if need_bias else (0,), dtype=dtype)
+    dbias_parts = torch.zeros((len(p.tasks), *bias.shape) if need_bias else (0,), dtype=dtype)
     da_sums = torch.zeros(q.shape[:3] if need_tau else (0,), dtype=dtype)
-    spaces = [torch.empty(p.largest_strip, dtype=dtype) for _ in range(3)]
 
-    for s in p.strips:
+    def run_task(index: int) -> None:
+        task = p.tasks[index]
+        spaces = scratch(p, task, 3)
+        band_grad = torch.zeros(p.band[task[0].heads].shape if need_bias else (0,), dtype=dtype)
+        for s in task:
+            runs = active_runs(_blocks(block_mask, layout, s), s)
+            if runs:  # else every weight is zero, and so are dp, D and ds
+                run_strip(s, runs, spaces, band_grad)
+        if need_bias:
+            part = torch.unflatten(dbias_parts[index], 0, layout)[task[0].heads]
+            part.copy_(torch.unflatten(band_gradient(band_grad.flatten(0, 1), bias.shape[1]), 0, part.shape[:2]))
+
+    def run_strip(s: Strip, runs: list[tuple[int, int]], spaces: list[Tensor], band_grad: Tensor) -> None:
         pairs, width = slice(s.pair0, s.pair1), s.key1 - s.key0
-        runs = active_runs(_blocks(block_mask, layout, s), s)
-        if not runs:  # every weight is zero, so dp, D and ds are too
-            continue
         rows_q, rows_g = stacked_rows(s, p.q), stacked_rows(s, grads)
         probs = strip_probs(p, s, rows_q, spaces[0])
         thresholds = p.thresholds[s.heads, :, s.row0 : s.row1]
-        dp = carve(spaces[1], probs.shape)
-        everywhere = runs == [(0, width)]
-        if not everywhere:
-            dp.zero_()
+        whole_dp = carve(spaces[1], probs.shape)
+        delta, da_sum = probs.new_zeros(2, *probs.shape[:2], 1)
         for run in runs:
             keys = slice(s.key0 + run[0], s.key0 + run[1])
             weights = strip_weights(p, s, probs, thresholds, run, spaces[2])
@@ -167,16 +184,24 @@ def blockwise_backward(
                 dv[pairs, :, keys].baddbmm_(rows_g.mT, weights)
             if not (need_scores or need_tau):
                 continue
-            da = dp if everywhere else torch.empty_like(weights)
+            dp = whole_dp[..., run[0] : run[1]]
+            da = dp if dp.is_contiguous() else torch.empty_like(weights)
             torch.bmm(rows_g, p.v[pairs, keys].mT, out=da)
-            dp_run = dp[..., run[0] : run[1]]
-            torch.ops.aten.threshold_backward.grad_input(da, weights, 0, grad_input=dp_run)
+            torch.ops.aten.threshold_backward.grad_input(da, weights, 0, grad_input=dp)
+            da_sum += dp.sum(-1, keepdim=True)
+            if need_scores and runs != [(0, width)]:
+                delta += dp.mul_(probs[..., run[0] : run[1]]).sum(-1, keepdim=True)
         if need_tau:
-            _rows(da_sums, layout, s).copy_(view5(p, s, dp.sum(-1, keepdim=True)).squeeze(-1))
+            _rows(da_sums, layout, s).copy_(view5(p, s, da_sum).squeeze(-1))
         if not need_scores:
-            continue
-        ds = carve(spaces[2], probs.shape)
-        torch.ops.aten._softmax_backward_data.out(dp, probs, -1, dtype, grad_input=ds)
+            return
+        if runs == [(0, width)]:
+            ds = carve(spaces[2], probs.shape)
+            torch.ops.aten._softmax_backward_data.out(whole_dp, probs, -1, dtype, grad_input=ds)
+        else:  # the same, without a pass over dp where it is zero
+            ds = probs.mul_(-delta)
+            for start, stop in runs:
+                ds[..., start:stop] += whole_dp[..., start:stop]
         if need_q:
             part = torch.bmm(ds, p.k[pairs, s.key0 : s.key1, :dim]).mul_(scale)
             _rows(dq, layout, s).copy_(view5(p, s, part))
@@ -184,9 +209,14 @@ def blockwise_backward(
             dk[pairs, :, s.key0 : s.key1].baddbmm_(rows_q[..., :dim].mT, ds)
         if need_bias:
             covered, columns = band_columns(p, s)
-            part = view5(p, s, ds)[..., -covered:]
-            band_grad[s.heads, :, : s.row1 - s.row0, columns].add_(part[0] if part.shape[0] == 1 else part.sum(0))
-    dbias = band_gradient(band_grad.flatten(0, 1), bias.shape[1]) if need_bias else band_grad
+            in_band = view5(p, s, ds)[..., -covered:]
+            band_grad[..., : s.row1 - s.row0, columns].add_(in_band[0] if in_band.shape[0] == 1 else in_band.sum(0))
+
+    # The longest tasks first, so that no core is left alone with one at the end.
+    work = [sum(int(_blocks(block_mask, layout, s).sum()) for s in task) for task in p.tasks]
+    order = sorted(range(len(work)), key=lambda index: -work[index])
+    run_side_by_side([functools.partial(run_task, index) for index in order])
+    dbias = dbias_parts.sum(0) if need_bias else dbias_parts
     dtau = (da_sums / p.token_count).sum((0, 2)) if need_tau else da_sums
     if need_k:  # the q of the strips carried log2(e)
         dk = dk.mT.div_(LOG2_E).reshape(k.shape)

@@ -16,9 +16,9 @@ from kernels.reference import document_starts
 
 BLOCK = 128
 LOG2_E = math.log2(math.e)
-# Most elements of one strip of scores: 1M float32 (4 MB) stays in a last-level cache together with the weights and
-# their gradient; at L = 256 smaller strips pay more for their calls than for their arithmetic.
-STRIP_ELEMENTS = 1 << 20
+# A task takes so many pairs that its widest strip has about this many scores: 1 MB of float32, a core's second-level
+# cache. At L = 256 strips of one pair pay more for their calls than for their arithmetic.
+STRIP_ELEMENTS = 1 << 18
 
 
 class Strip(NamedTuple):
@@ -48,17 +48,12 @@ class Problem(NamedTuple):
     position_offset: int
     some_tau_positive: bool
     some_tau_negative: bool
-    strips: list[Strip]
+    tasks: list[list[Strip]]  # strips of one task share their pairs, and no two tasks share any
 
     @property
     def shift(self) -> int:
         """Position of query 0 among the keys at hand."""
         return self.k.shape[1] - self.q.shape[3]
-
-    @property
-    def largest_strip(self) -> int:
-        group = self.q.shape[2]
-        return max((s.pair1 - s.pair0) * group * (s.row1 - s.row0) * (s.key1 - s.key0) for s in self.strips)
 
 
 def prepare(
@@ -99,26 +94,37 @@ def prepare(
         position_offset=offset,
         some_tau_positive=bool((tau > 0).any()),
         some_tau_negative=bool((tau < 0).any()),
-        strips=_cut(batch, heads_kv, group, query_len, shift, first_key),
+        tasks=_cut(batch, heads_kv, group, query_len, shift, first_key),
     )
 
 
-def _cut(batch: int, heads_kv: int, group: int, query_len: int, shift: int, first_key: Tensor | None) -> list[Strip]:
-    """Strips of about STRIP_ELEMENTS scores: several whole batches, or some key heads of one batch."""
-    strips = []
+def _cut(
+    batch: int, heads_kv: int, group: int, query_len: int, shift: int, first_key: Tensor | None
+) -> list[list[Strip]]:
+    """Tasks of several whole batches, or of some key heads of one batch, cut into strips of BLOCK rows."""
+    rows = []
     for row0 in range(0, query_len, BLOCK):
         row1 = min(row0 + BLOCK, query_len)
         key0 = 0 if first_key is None else int(first_key[row0]) // BLOCK * BLOCK
-        key1 = shift + row1
-        pairs = max(1, STRIP_ELEMENTS // (group * (row1 - row0) * (key1 - key0)))
-        batch_step, head_step = max(1, pairs // heads_kv), min(pairs, heads_kv)
-        for b in range(0, batch, batch_step):
-            b_end = min(b + batch_step, batch)
-            for h in range(0, heads_kv, head_step):
-                h_end = min(h + head_step, heads_kv)
-                pair0, pair1 = b * heads_kv + h, (b_end - 1) * heads_kv + h_end
-                strips.append(Strip(slice(b, b_end), slice(h, h_end), row0, row1, key0, key1, pair0, pair1))
-    return strips
+        rows.append((row0, row1, key0, shift + row1))
+    widest = max((row1 - row0) * (key1 - key0) for row0, row1, key0, key1 in rows)
+    pairs = min(STRIP_ELEMENTS // (group * widest), -(-batch * heads_kv // torch.get_num_threads()))
+    batch_step, head_step = max(1, pairs // heads_kv), max(1, min(pairs, heads_kv))
+    tasks = []
+    for b in range(0, batch, batch_step):
+        b_end = min(b + batch_step, batch)
+        for h in range(0, heads_kv, head_step):
+            h_end = min(h + head_step, heads_kv)
+            pair0, pair1 = b * heads_kv + h, (b_end - 1) * heads_kv + h_end
+            tasks.append([Strip(slice(b, b_end), slice(h, h_end), *row, pair0, pair1) for row in rows])
+    return tasks
+
+
+def scratch(p: Problem, task: list[Strip], count: int) -> list[Tensor]:
+    """`count` flat tensors, each as large as the task's largest strip of scores."""
+    group = p.q.shape[2]
+    size = max((s.pair1 - s.pair0) * group * (s.row1 - s.row0) * (s.key1 - s.key0) for s in task)
+    return [torch.empty(size, dtype=p.q.dtype) for _ in range(count)]
 
 
 def _band(bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,3 +81,28 @@ def test_medians_come_from_every_input_set():
     steps = [lambda i=i: calls.append(i) for i in range(3)]
     assert interleaved_medians({"x": steps}, 6, "cpu")["x"] >= 0
     assert set(calls) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--length", "64", "0"], "--length is 0; expected at least 1"),
+        (["--repeats", "0"], "--repeats is 0; expected at least 1"),
+        (["--input-sets", "-1"], "--input-sets is -1"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--steep-share", "1.5"], "--steep-share is 1.5; expected 0 to 1"),
+        (["--matmul-tflops", "0"], "--matmul-tflops is 0.0; expected a positive number"),
+        (["--peer", "flash"], "--peer flash: peer is 'flash'; expected module:function"),
+        (["--peer", "no_such_module:f"], "--peer no_such_module:f: No module named 'no_such_module'"),
+        (["--peer", "math:no_such_function"], "no_such_function"),
+        (["--json", "no/such/folder/b.json"], "--json no/such/folder/b.json cannot be written"),
+        (["--plot", "."], "--plot . cannot be written"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_timed(options, message, capsys, monkeypatch):
+    monkeypatch.setattr("kernels.bench.matmul_tflops", lambda *_: pytest.fail("timed something first"))
+    assert main(["--device", "cpu", *options]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 
 from kernels import lazy_attention
 from kernels.stats import block_any
+from kernels.strips import BLOCK
 from kernels.tiles import forced_tiles
-from tests.kernels.problems import SMALL_TILES, make_problem, problems, visible_and_counts, weight_ratios
+from tests.kernels.problems import NAMES, SMALL_TILES, make_problem, problems, run, visible_and_counts, weight_ratios
 
 some = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -81,3 +82,24 @@ def test_stats_do_not_change_the_output():
     for backend in ("reference", "blockwise"):
         plain = lazy_attention(*p.inputs, backend=backend)
         assert torch.equal(plain, lazy_attention(*p.inputs, backend=backend, return_stats=True)[0])
+
+
+def test_values_of_empty_blocks_are_never_read():
+    """Every query attends to the first keys alone, and all later values are NaN: reading one would poison a result.
+
+    Keys of empty blocks are read, as ds = -p D reaches dq, dk and dbias there.
+    """
+    p = make_problem(5, heads_kv=4, query_len=900, window=30)
+    toward = torch.zeros(16)
+    toward[0] = 8.0
+    k = p.k * 0.1
+    k[:, :, 0] = toward
+    p = p._replace(q=p.q * 0.1 + toward, k=k, tau=torch.full((4,), -1.0))
+    p.bias.mul_(0.1)
+    expected = run(p.double(), "reference")
+    v = p.v.clone()
+    v[:, :, BLOCK:] = torch.nan
+    results = run(p._replace(v=v), "blockwise")
+    for name, x, y in zip(NAMES, results, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert results[3][:, :, BLOCK:].abs().max() == 0, "dv of a value without weight"
