@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from model.config import WITH_SIDE_SEQUENCE, MixerName, ModelConfig, parameter_count
+from model.config import WITH_SIDE_SEQUENCE, AnyMixer, ModelConfig, parameter_count
 
 # As in model/mixers (a test compares them), which imports torch.
 TAYLOR_CHUNK, TAYLOR_STATE_FROM = 128, 1.4
@@ -53,7 +53,7 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int, 
     return total
 
 
-def _mixer_flops(config: ModelConfig, mixer: MixerName, seq_len: int) -> float:
+def _mixer_flops(config: ModelConfig, mixer: AnyMixer, seq_len: int) -> float:
     """Forward operations per token of one layer's mixer."""
     hidden, kv_size = config.hidden_size, config.kv_heads * config.head_dim
     projections = 4 * hidden * (hidden + kv_size)
@@ -164,7 +164,7 @@ PAIRS: dict[str, tuple[int, int]] = {
 }
 
 
-def _saved_bytes(config: ModelConfig, mixer: MixerName, seq_len: int, rows: int, half: bool) -> float:
+def _saved_bytes(config: ModelConfig, mixer: AnyMixer, seq_len: int, rows: int, half: bool) -> float:
     """Bytes one layer keeps per token for its backward pass; rows: of the micro-batch, the side sequence included."""
     number = 2 if half else 4
     # Two norms with float32 inputs, their outputs, the MLP's gate, its SiLU, up and product.
@@ -182,7 +182,7 @@ def _saved_bytes(config: ModelConfig, mixer: MixerName, seq_len: int, rows: int,
     return block + own + pairs
 
 
-def _block_bytes(config: ModelConfig, mixer: MixerName, seq_len: int, half: bool) -> float:
+def _block_bytes(config: ModelConfig, mixer: AnyMixer, seq_len: int, half: bool) -> float:
     """Bytes per token that a layer that works on blocks of queries needs for one of them; no two exist at once."""
     if mixer not in IN_QUERY_BLOCKS or seq_len <= QUERY_ROWS:
         return 0

@@ -104,14 +104,19 @@ class PeerModel(Transformer):
     def new_cache(self, max_tokens: int) -> PeerState:
         return PeerState([], max_tokens)
 
-    def attention_rows(self, tokens: Tensor, query_block: int) -> Iterator[tuple[int, int, Tensor]]:  # noqa: ARG002
+    def attention_rows(
+        self,
+        tokens: Tensor,  # noqa: ARG002
+        query_block: int,  # noqa: ARG002
+        cu_seqlens: Tensor | None = None,  # noqa: ARG002
+    ) -> Iterator[tuple[int, int, Tensor]]:
         return iter(())
 
     @property
     def attention_layers(self) -> list[int]:
         return []
 
-    def sparsity_by_layer(self, tokens: Tensor) -> None:  # noqa: ARG002
+    def sparsity_by_layer(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> None:  # noqa: ARG002
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str
     """
     if target.is_dir():
         if variant is not None or overrides:
-            raise Refusal(f"{target} is a checkpoint folder: --variant and --set belong to an experiment file")
+            raise Refusal(f"{target} is a checkpoint folder: --variant and overrides belong to an experiment file")
         inside = target / "checkpoint"
         return inside if not (target / CONFIG_FILE).is_file() and inside.is_dir() else target
     if not target.exists():
@@ -47,7 +48,9 @@ def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str
     sources = inspect_sources(experiment, place, write_cache=False)
     node = build_nodes(sources.experiment, sources.identity, sources.tasks)[f"pretrain/{variant}"]
     entry = Store(place).entry(node.stage, node.fingerprint)
-    again = " ".join([f"lazypipe run {target}", *overrides, f"--only {node.id}", *([f"--root {root}"] if root else [])])
+    again = shlex.join(
+        ["lazypipe", "run", str(target), *overrides, "--only", node.id, *(["--root", root] if root else [])]
+    )
     damage = entry.damage()
     generation = entry.current() if damage is None else None
     if damage is None and generation is not None:

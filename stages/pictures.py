@@ -63,15 +63,14 @@ def series_styles(series: Sequence[LayerSeries] | Sequence[LossCurve]) -> list[d
         family = one.family or one.name
         index, member = families.index(family), members[family]
         members[family] += 1
-        marker = member + index // len(COLOURS)
-        styles.append(
-            {
-                "color": COLOURS[index % len(COLOURS)],
-                "marker": MARKERS[marker % len(MARKERS)],
-                "linestyle": ("-", "--", "-.")[min(member, 2)],
-            }
-        )
+        styles.append({**series_style(index, member), "linestyle": ("-", "--", "-.")[min(member, 2)]})
     return styles
+
+
+def series_style(family: int, member: int = 0) -> dict[str, Any]:
+    """Colour and marker of a family's member, both counted from 0."""
+    marker = member + family // len(COLOURS)
+    return {"color": COLOURS[family % len(COLOURS)], "marker": MARKERS[marker % len(MARKERS)]}
 
 
 def height_for(entries: int) -> float:
