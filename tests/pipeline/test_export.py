@@ -49,7 +49,7 @@ def test_what_is_not_stored_is_refused_with_the_command_that_makes_it(tmp_path: 
     config = write_experiment(tmp_path)
     with pytest.raises(Refusal, match="several variants; choose one with --variant: lazy, standard"):
         export(config, tmp_path / "out")
-    with pytest.raises(Refusal, match="no such variant.*did you mean 'lazy'"):
+    with pytest.raises(Refusal, match=r"no such variant.*did you mean 'lazy'"):
         export(config, tmp_path / "out", "--variant", "lasy")
     make = rf"is not stored below .*; train it first: lazypipe run {config} pretrain.lr=0.1 --only pretrain/lazy"
     with pytest.raises(Refusal, match=make):
