@@ -63,14 +63,13 @@ class TaylorAttention(AttentionMixer):
         batch_size, length = q.shape[0], q.shape[2]
         with torch.autocast(q.device.type, enabled=False):
             grouped = q.float().reshape(batch_size, self.kv_heads, -1, length, self.head_dim)
-            values = F.pad(v.float(), (0, 1), value=1.0)
+            keys, values = k.float(), F.pad(v.float(), (0, 1), value=1.0)
             if state is None:
                 state = values.new_zeros(batch_size, self.kv_heads, self.features, self.head_dim + 1)
             outputs = []
             # Split, not sliced: the gradient of a slice is as long as the whole, and there are length / CHUNK of them.
-            chunks = [torch.split(one, CHUNK, dim=-2) for one in (grouped, k.float(), values)]
-            for queries, keys, weighed in zip(*chunks, strict=True):
-                part = (queries, keys, weighed)
+            queries_of, keys_of, values_of = (one.split(CHUNK, dim=-2) for one in (grouped, keys, values))
+            for part in zip(queries_of, keys_of, values_of, strict=True):
                 if torch.is_grad_enabled():
                     # The features of all keys and queries would take 33 times the memory of the keys and queries.
                     out, state = checkpoint(self._chunk, *part, state, use_reentrant=False, preserve_rng_state=False)
