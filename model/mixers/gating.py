@@ -27,7 +27,7 @@ class GatingMixer(ProjectedMixer):
         cache: LayerCache | None = None,
         side: SideInputs | None = None,
     ) -> Tensor:
-        scores, values = self.key_scores(x), self.per_query_head(self.new_values(x, side))
+        values, scores = self.per_query_head(self.new_values(x, side)), self.key_scores(x)
         documents = documents_of(side)
         if documents is not None:
             out = documents.each(lambda *one: running_softmax(*one)[0], scores, values.float())
