@@ -1,8 +1,8 @@
 """Which tile each Triton kernel uses: a table of defaults, a cache of measured choices, and what fits together.
 
 A tile is looked up by (kernel, padded head_dim, 16 or 32 bit). The cache is a JSON file written by `kernels.tuning`
-and read once per process, so a choice never changes while a model trains. The defaults are those that `python -m
-kernels.audit` shows to compile without spills for sm_80 and sm_90; no GPU has timed them.
+and read once per process, so a choice never changes while a model trains. By `python -m kernels.audit` the
+16-bit defaults, and the float32 ones of head_dim 64, compile without spills for sm_80 and sm_90; no GPU has timed them.
 """
 
 import contextlib
@@ -47,6 +47,9 @@ for _dim in (16, 32, 64):
     CANDIDATES["query", _dim, True] = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))
     CANDIDATES["key", _dim, True] = (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2))
     CANDIDATES["bias", _dim, True] = (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
+# With keys, values and both gradients of 64 columns in registers as TF32 triples, 32 x 32 spilled.
+CANDIDATES["key", 64, True] = (Tile(16, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2))
+CANDIDATES["bias", 64, True] = (Tile(16, 16, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
 CANDIDATES["forward", 128, True] = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))
 CANDIDATES["query", 128, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
 CANDIDATES["key", 128, True] = (Tile(32, 32, 8, 1), Tile(16, 32, 4, 1))
@@ -65,6 +68,8 @@ AMPERE: dict[tuple[str, int, bool], Tile] = {
     ("key", 256, False): Tile(16, 32, 4, 1),
     ("bias", 128, False): Tile(64, 64, 8, 2),
     ("bias", 256, False): Tile(64, 64, 8, 1),
+    ("forward", 64, True): Tile(32, 32, 4, 2),
+    ("query", 64, True): Tile(32, 32, 4, 1),
 }
 for _dim in (16, 32, 64):
     AMPERE["query", _dim, False] = Tile(128, 64, 8, 1)

@@ -44,7 +44,10 @@ def test_hopper_kernels_of_the_common_head_dim(tmp_path):
 def test_every_default(tmp_path):
     findings, table = audit(tmp_path, "--dims", "16", "32", "64", "128", "256")
     check(findings)
-    assert all(f["stack"] == 0 for f in findings if f["case"]["dtype"] == "bf16"), table
+    for f in findings:
+        case = f["case"]
+        if case["dtype"] == "bf16" or case["head_dim"] == 64:
+            assert f["stack"] == 0, table
 
 
 @pytest.mark.long
