@@ -82,4 +82,6 @@ def probe_cell(rows: Sequence[Row] | None) -> str:
     )
     errors = [row["gain_error"] for row in rows if row["gain_error"] is not None]
     error = f" ± {sum(errors) / len(errors):.3f}" if errors else ""  # the depths share their texts
-    return f"{share(accuracy)} ({share(control)}), {gain:+.3f}{error}{' †' if rows[0]['extrapolation'] else ''}"
+    beyond = " †" if rows[0]["extrapolation"] else ""
+    gain = round(gain, 3) + 0.0  # never -0.000
+    return f"{share(accuracy)} ({share(control)}), {gain:+.3f}{error}{beyond}"

@@ -66,5 +66,5 @@ def test_the_example_builds_on_the_quickstart_and_trains_nothing_new() -> None:
     quickstart, probing = (load_experiment(configs / f"{name}.yaml") for name in ("quickstart", "probes"))
     for name, variant in quickstart.variants.items():
         assert probing.variants[name].pretrain == variant.pretrain
-        assert probing.variants[name].evaluate.probes.lengths[-1] == 2048
+        assert probing.variants[name].evaluate.extrapolation.lengths[-1] == 2048
     assert probing.tokenize == quickstart.tokenize
