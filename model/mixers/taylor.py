@@ -68,7 +68,7 @@ class TaylorAttention(AttentionMixer):
                 state = values.new_zeros(batch_size, self.kv_heads, self.features, self.head_dim + 1)
             outputs = []
             # Split, not sliced: the gradient of a slice is as long as the whole, and there are length / CHUNK of them.
-            queries_of, keys_of, values_of = (one.split(CHUNK, dim=-2) for one in (grouped, keys, values))
+            queries_of, keys_of, values_of = (torch.split(one, CHUNK, dim=-2) for one in (grouped, keys, values))
             for part in zip(queries_of, keys_of, values_of, strict=True):
                 if torch.is_grad_enabled():
                     # The features of all keys and queries would take 33 times the memory of the keys and queries.
