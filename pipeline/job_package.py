@@ -20,7 +20,7 @@ from pipeline.document import dump_yaml
 from pipeline.experiment import Experiment
 
 PACKAGES = ("pipeline", "stages", "model", "kernels")
-SHIPPED_PATTERNS = ("*.py", "*.j2")
+SHIPPED_PATTERNS = ("*.py", "*.j2", "*.json")
 EXPERIMENT_FILE = "experiment.yaml"
 START_SCRIPT_FILE = "job.sh"
 # PATH's python need not be the cluster's (a cluster started from a virtual environment by its absolute path), and a

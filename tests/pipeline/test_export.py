@@ -57,7 +57,7 @@ def test_what_is_not_stored_is_refused_with_the_command_that_makes_it(tmp_path: 
     (tmp_path / "folder").mkdir()
     with pytest.raises(Refusal, match=r"is no model checkpoint: config.json is missing"):
         export(tmp_path / "folder", tmp_path / "out")
-    with pytest.raises(Refusal, match="is a checkpoint folder; --variant"):
+    with pytest.raises(Refusal, match="is a checkpoint folder: --variant"):
         export(tmp_path / "folder", tmp_path / "out", "--variant", "lazy")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "output").exists()

@@ -148,7 +148,7 @@ def test_a_side_sequence_limits_the_length(checkpoints: Path) -> None:
         (["{folder}", "the"], r"config\.json is missing"),
         (["{folder}/bare", "the"], r"has no tokenizer\.json"),
         (["{folder}/torn", "the"], r"is not a tokenizer\.json"),
-        (["{folder}/lazy", "the", "--variant", "lazy"], "--variant and --set belong to an experiment file"),
+        (["{folder}/lazy", "the", "--variant", "lazy"], "--variant and overrides belong to an experiment file"),
         (["{folder}/lazy"], "no prompt: give one or more"),
         (["{folder}/lazy", "the", ""], "prompt 2 is empty"),
         (["{folder}/lazy", "--prompt-file", "{folder}/absent.txt"], "--prompt-file .*absent.txt"),
