@@ -9,6 +9,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from stages import pretrain, sparsity
+from stages.before_training import check_kernels, kernel_used
 from stages.configs import PretrainConfig, SparsityConfig
 from stages.contract import Artifact
 from stages.report_findings import findings
@@ -98,6 +99,6 @@ def test_a_switch_that_the_mixer_does_not_have_is_warned_of(corpus: Artifact, tm
 @pytest.mark.parametrize(("name", "kernel"), [("no_bias", "blockwise"), ("constant", "torch")])
 def test_what_computes_it_is_said(name: str, kernel: str) -> None:
     config = config_of(name).model_copy(update={"kernel": "blockwise"})
-    assert pretrain.kernel_used(config) == kernel
+    assert kernel_used(config) == kernel
     # A constant threshold runs no Triton kernel, so there is none to check before training.
-    assert name != "constant" or pretrain.check_kernels(config_of(name), torch.device("cuda")) == {}
+    assert name != "constant" or check_kernels(config_of(name), torch.device("cuda")) == {}
