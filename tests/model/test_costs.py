@@ -111,11 +111,14 @@ def saved_bytes(model: Transformer, length: int, half: bool) -> int:
     return sum(sizes.values())
 
 
+CONSTANT = {"lazy_threshold": "constant", "tau_init": -0.01}
+
+
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_activations_are_an_upper_estimate_of_the_saved_tensors(mixer: str, half: bool) -> None:
+@pytest.mark.parametrize(("mixer", "fields"), [*((mixer, {}) for mixer in MIXERS), ("lazy", CONSTANT)])
+def test_activations_are_an_upper_estimate_of_the_saved_tensors(mixer: str, fields: dict[str, Any], half: bool) -> None:
     length = 96
-    model = built(mixer=mixer, hidden_size=64, num_layers=4, max_seq_len=length, intermediate_size=192)
+    model = built(mixer=mixer, hidden_size=64, num_layers=4, max_seq_len=length, intermediate_size=192, **fields)
     model_of_lazy = Transformer(model.config, VOCAB)  # not the reference, which keeps every pair
     if mixer == "lazy":
         model = model_of_lazy
@@ -124,6 +127,14 @@ def test_activations_are_an_upper_estimate_of_the_saved_tensors(mixer: str, half
     copies = memory.weights // 3 if half else 0
     saved = saved_bytes(model, length, half)
     assert saved < memory.activations + memory.logits + copies < 1.9 * saved
+
+
+def test_beyond_a_block_of_queries_a_constant_threshold_keeps_no_pairs() -> None:
+    length = 2 * costs.QUERY_ROWS
+    relative = built(mixer="lazy", max_seq_len=length).config
+    constant = built(mixer="lazy", max_seq_len=length, **CONSTANT).config
+    one, other = (costs.training_memory(c, VOCAB, length, ROWS, "float32").activations for c in (relative, constant))
+    assert other - one == ROWS * length * 2 * costs.PAIRS[costs.CONSTANT_LAZY][0] * 2 * costs.QUERY_ROWS
 
 
 def test_memory_of_weights_and_optimizer_is_theirs() -> None:
