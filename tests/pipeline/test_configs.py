@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from model.config import ModelConfig
 from model.pattern import PATTERNS
 from model.sizes import SIZES
 from pipeline.experiment import Experiment, load_experiment
@@ -25,8 +24,6 @@ GPU_GIB = 79  # what an 80 GB card has, for upper estimates with the largest voc
 
 
 def load(name: str, *overrides: str) -> Experiment:
-    if name == "lazy_ablations" and "lazy_bias" not in ModelConfig.model_fields:
-        pytest.skip("this model has no ablation switches of Lazy Attention")
     return load_experiment(CONFIGS / f"{name}.yaml", overrides)
 
 
