@@ -230,7 +230,7 @@ def tau_heat_map(tau: Array, tau_init: float, relative: bool = True) -> Figure:
             )  # fmt: skip
     axes.set_facecolor("0.85")
     initial = f"{tau_init:g}" if abs(tau_init) >= 0.05 else threshold(tau_init)
-    axes.set_title(f"Learned τ\nwhite: initial {initial}, red: cuts less, blue: cuts more", fontsize=11)
+    axes.set_title(f"Learned τ, white: initial {initial}\nred: cuts less, blue: cuts more", fontsize=11)
     axes.set(xlabel="head", ylabel="layer (grey: no τ)" if np.isnan(tau).any() else "layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
