@@ -152,6 +152,7 @@ BEYOND_ATTENTION: dict[str, tuple[int, int]] = {
     "elliptical": (21, 16),
     "swa": (21, 14),
 }
+QK_NORM = (21, 19)  # the norms' inputs and outputs; in bfloat16 torch has no fused RMSNorm with float32 weights
 # Bytes per head and pair of positions: of all pairs for taylor and the maps of the side sequence; the others work on
 # blocks of queries, of which one exists at a time as soon as there are several.
 PAIRS: dict[str, tuple[int, int]] = {
@@ -179,7 +180,9 @@ def _saved_bytes(config: ModelConfig, mixer: str, seq_len: int, rows: int, half:
     block = 24 * config.hidden_size + 8 + 4 * number * config.mlp_size
     if mixer == "mlp":
         return block + 4 * number * config.mlp_mixer_size
-    own = BEYOND_ATTENTION.get(mixer, ATTENTION)[half] * config.hidden_size + 4 * config.num_heads
+    own: float = BEYOND_ATTENTION.get(mixer, ATTENTION)[half] * config.hidden_size + 4 * config.num_heads
+    if config.qk_norm:  # of the side sequence alone where there is one
+        own += QK_NORM[half] * config.hidden_size / (rows if mixer in WITH_SIDE_SEQUENCE else 1)
     pairs: float = PAIRS.get(mixer, (0, 0))[half] * config.num_heads * seq_len
     if mixer in WITH_SIDE_SEQUENCE:
         pairs /= rows  # one map serves all
