@@ -26,7 +26,8 @@ from model.config import WITH_SIDE_SEQUENCE, AnyMixer, ModelConfig, parameter_co
 # As in model/mixers (a test compares them), which imports torch.
 TAYLOR_CHUNK, TAYLOR_STATE_FROM = 128, 1.4
 QUERY_ROWS = 256
-IN_QUERY_BLOCKS = frozenset({"sigmoid", "entmax", "stick_breaking", "alibi", "swa"})
+CONSTANT_LAZY = "lazy, constant threshold"  # the ablation without a kernel
+IN_QUERY_BLOCKS = frozenset({CONSTANT_LAZY, "sigmoid", "entmax", "stick_breaking", "alibi", "swa"})
 
 
 def non_embedding_parameters(config: ModelConfig) -> int:
@@ -124,8 +125,9 @@ def training_memory(
     half = dtype == "bfloat16"
     parameters = parameter_count(config, vocab_size)
     rows = micro_batch_size + (1 if config.mixer in WITH_SIDE_SEQUENCE else 0)
-    layers = [_saved_bytes(config, mixer, seq_len, rows, half) for mixer in config.layer_mixers]
-    block = max(_block_bytes(config, mixer, seq_len, half) for mixer in config.layer_mixers)
+    kinds = [_kind(config, mixer) for mixer in config.layer_mixers]
+    layers = [_saved_bytes(config, kind, seq_len, rows, half) for kind in kinds]
+    block = max(_block_bytes(config, kind, seq_len, half) for kind in kinds)
     tokens = rows * seq_len
     return Memory(
         weights=parameters * (6 if half else 4),
@@ -150,9 +152,11 @@ BEYOND_ATTENTION: dict[str, tuple[int, int]] = {
     "elliptical": (21, 16),
     "swa": (21, 14),
 }
+QK_NORM = (21, 19)  # the norms' inputs and outputs; in bfloat16 torch has no fused RMSNorm with float32 weights
 # Bytes per head and pair of positions: of all pairs for taylor and the maps of the side sequence; the others work on
 # blocks of queries, of which one exists at a time as soon as there are several.
 PAIRS: dict[str, tuple[int, int]] = {
+    CONSTANT_LAZY: (14, 14),
     "taylor": (13, 13),
     "random_qk": (9, 14),
     "text_qk": (9, 14),
@@ -164,14 +168,21 @@ PAIRS: dict[str, tuple[int, int]] = {
 }
 
 
-def _saved_bytes(config: ModelConfig, mixer: AnyMixer, seq_len: int, rows: int, half: bool) -> float:
+def _kind(config: ModelConfig, mixer: AnyMixer) -> str:
+    """The mixer, or the ablation of it that computes in another way."""
+    return CONSTANT_LAZY if mixer == "lazy" and config.lazy_threshold == "constant" else mixer
+
+
+def _saved_bytes(config: ModelConfig, mixer: str, seq_len: int, rows: int, half: bool) -> float:
     """Bytes one layer keeps per token for its backward pass; rows: of the micro-batch, the side sequence included."""
     number = 2 if half else 4
     # Two norms with float32 inputs, their outputs, the MLP's gate, its SiLU, up and product.
     block = 24 * config.hidden_size + 8 + 4 * number * config.mlp_size
     if mixer == "mlp":
         return block + 4 * number * config.mlp_mixer_size
-    own = BEYOND_ATTENTION.get(mixer, ATTENTION)[half] * config.hidden_size + 4 * config.num_heads
+    own: float = BEYOND_ATTENTION.get(mixer, ATTENTION)[half] * config.hidden_size + 4 * config.num_heads
+    if config.qk_norm:  # of the side sequence alone where there is one
+        own += QK_NORM[half] * config.hidden_size / (rows if mixer in WITH_SIDE_SEQUENCE else 1)
     pairs: float = PAIRS.get(mixer, (0, 0))[half] * config.num_heads * seq_len
     if mixer in WITH_SIDE_SEQUENCE:
         pairs /= rows  # one map serves all
@@ -182,7 +193,7 @@ def _saved_bytes(config: ModelConfig, mixer: AnyMixer, seq_len: int, rows: int, 
     return block + own + pairs
 
 
-def _block_bytes(config: ModelConfig, mixer: AnyMixer, seq_len: int, half: bool) -> float:
+def _block_bytes(config: ModelConfig, mixer: str, seq_len: int, half: bool) -> float:
     """Bytes per token that a layer that works on blocks of queries needs for one of them; no two exist at once."""
     if mixer not in IN_QUERY_BLOCKS or seq_len <= QUERY_ROWS:
         return 0

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model.cache import DecodingState
 from model.config import PEERS, ModelConfig, parameter_count
+from model.documents import Documents
 from model.initialisation import fill_normal
 from model.layers import Embedding, Linear
 from model.transformer import Transformer
@@ -73,9 +74,10 @@ class PeerModel(Transformer):
     ) -> Tensor:
         """What the output matrix is applied to, [B, L, hidden], of tokens int64 [B, L] that continue the cache.
 
-        cu_seqlens  integers [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
+        cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
 
-        Raises PeerError where the peer cannot compute, and for documents that it cannot keep apart (mamba2).
+        Raises PeerError where the peer cannot compute, and for documents that it cannot keep apart (mamba2), ValueError
+        for cu_seqlens that do not fit.
         """
         check_peer(self.config, tokens.device)
         assert cache is None or isinstance(cache, PeerState)
@@ -88,7 +90,7 @@ class PeerModel(Transformer):
                     "mixer=mamba2 cannot keep packed documents apart: the package carries its state across borders; "
                     "give it documents one by one, or leave cu_seqlens out"
                 )
-            past["cu_seqlens"] = cu_seqlens.long()
+            past["cu_seqlens"] = Documents.packed(cu_seqlens, tokens).cu_seqlens.long()  # on the device of the tokens
         if cache is not None:
             cache.check_room(tokens.shape[1])
             past = {"use_cache": True, "past_key_values": cache.past}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.checkpoint import CONFIG_FILE, TOKENIZER_FILE, Checkpoint, CheckpointError, load_checkpoint
+from model.peers import PeerError, check_peer
 from pipeline.document import nearest
 from pipeline.experiment import load_experiment, resolve_root
 from pipeline.plan import build_nodes
@@ -74,7 +75,8 @@ def load_trained(folder: Path) -> Trained:
         )
     try:
         checkpoint = load_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    except CheckpointError as error:
+        check_peer(checkpoint.model.config, checkpoint.model.embedding.weight.device)
+    except (CheckpointError, PeerError) as error:
         raise Refusal(str(error)) from error
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))

@@ -222,7 +222,7 @@ def _keep_ablations_of_hybrids(where: str, model: ModelConfig, fields: dict[str,
     if key is not None:
         raise Refusal(
             f"{key}: {fields['ablations']} takes out the layers that are not standard, but every layer of {where} is "
-            f"{mixers.pop()}; give it a pattern, or remove the key"
+            f"{mixers.pop()}; they are for hybrids, a mixer with a pattern, so remove the key"
         )
     del fields["ablations"]
 

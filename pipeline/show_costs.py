@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from model.config import parameter_count
+from model.config import PEERS, parameter_count
 from model.costs import non_embedding_parameters, training_flops_per_token, training_memory
 from model.sizes import SIZES, size_row
 from pipeline.experiment import Experiment
@@ -64,6 +64,7 @@ def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str
         config, model = variant.pretrain, variant.pretrain.model
         row: dict[str, Any] = {
             "variant": name,
+            "mixer": model.mixer,
             "vocabulary": None if vocab is None else vocab._asdict(),
             "non_embedding_parameters": non_embedding_parameters(model),
             "parameters": None,
@@ -121,12 +122,16 @@ def show_costs(rows: list[dict[str, Any]], console: Console) -> None:
         text = f"vocabulary: {vocab['size']:,} tokens"
     else:
         text = f"vocabulary: unknown until tokenized; <= counts {vocab['size']:,} tokens, the most that uint16 holds"
-    for line in (
+    lines = [
         text,
         "difference: in parameters, to the first standard variant",
         "FLOPs: forward and backward, matrix products, attention over all pairs of a window",
         f"memory: of one training worker, an upper estimate, in {unit}",
-    ):
+    ]
+    peers = [row["variant"] for row in rows if row["mixer"] in PEERS]
+    if peers:
+        lines.append(f"{', '.join(peers)}: the numbers of the standard model that a peer is matched to, not its own")
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 

@@ -163,6 +163,11 @@ class PretrainConfig(StageConfig):
                 f"seq_len={self.seq_len} is above model.max_seq_len={self.model.max_seq_len}; "
                 "raise max_seq_len or lower seq_len"
             )
+        if self.document_masking and self.model.mixer == "mamba2":
+            raise ValueError(
+                "document_masking=true does not go with mixer=mamba2, which carries its state across packed documents; "
+                "set document_masking: false in this variant"
+            )
         return self
 
     @property

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.checkpoint import Checkpoint, load_checkpoint
+from model.checkpoint import Checkpoint
 from model.generate import generate
 from model.loss import next_token_loss
 from model.transformer import Transformer
@@ -28,6 +28,7 @@ from stages import benchmarks, length_extrapolation, probes
 from stages.batches import count_windows, document_borders, read_window, validation_windows
 from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.peers import load_model, refuse_peer
 from stages.probe_sequences import refuse_small_vocabulary, usable_tokens
 from stages.shards import TokenShards
 from stages.skip import ablated, refuse_uniform
@@ -62,8 +63,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
 
     Writes tables/context_lengths, tables/continuations and, where asked for, tables/ablations and what
     length_extrapolation.measure, probes.measure and benchmarks.run_tasks write. Refuses, before any compute, a length
-    for which the split holds no window, probes that take more different tokens than there are, and a benchmark that
-    cannot be read. Leaves global random states alone.
+    for which the split holds no window, probes that take more different tokens than there are, a benchmark that
+    cannot be read, and a peer without its package or a GPU. Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
@@ -79,7 +80,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
         benchmarks.check_tasks(config)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = load_checkpoint(trained.path / "checkpoint", device)
+    checkpoint = load_model(trained.path / "checkpoint", device)
+    refuse_peer(checkpoint.model.config, device)
     for key, length in config.window_lengths():
         too_long = checkpoint.model.config.too_long(length)
         if too_long is not None:

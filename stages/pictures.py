@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.report_table import threshold
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -210,7 +212,7 @@ def attention_heat_map(weights: Array, layer: int, heads: Sequence[int], window_
 def tau_heat_map(tau: Array, tau_init: float, relative: bool = True) -> Figure:
     """tau [layers, H] around its initial value: white has not moved, red keeps more weights, blue cuts more.
 
-    relative: the threshold is -tau/n, not -tau. Layers of NaN, which have no tau, stay empty.
+    relative: the threshold is -tau/n, not -tau. Layers of NaN, which have no tau, are grey.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -223,11 +225,13 @@ def tau_heat_map(tau: Array, tau_init: float, relative: bool = True) -> Figure:
         for layer, head in np.argwhere(np.isfinite(tau)):
             strong = abs(tau[layer, head] - tau_init) > 0.6 * reach
             axes.text(
-                head, layer, f"{tau[layer, head]:.3f}", ha="center", va="center", fontsize=8,
+                head, layer, threshold(tau[layer, head]), ha="center", va="center", fontsize=8,
                 color="white" if strong else "black",
             )  # fmt: skip
-    axes.set_title(f"Learned τ\nwhite: initial {tau_init:g}, red: cuts less, blue: cuts more", fontsize=11)
-    axes.set(xlabel="head", ylabel="layer")
+    axes.set_facecolor("0.85")
+    initial = f"{tau_init:g}" if abs(tau_init) >= 0.05 else threshold(tau_init)
+    axes.set_title(f"Learned τ, white: initial {initial}\nred: cuts less, blue: cuts more", fontsize=11)
+    axes.set(xlabel="head", ylabel="layer (grey: no τ)" if np.isnan(tau).any() else "layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.colorbar(image, ax=axes, label=f"τ: weights below −τ{'/n' if relative else ''} are cut")

@@ -26,15 +26,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint import save_checkpoint
-from model.config import ModelConfig
 from model.loss import head_balance, next_token_loss
-from model.peers import PeerError, build_model, check_peer
+from model.peers import build_model
 from model.transformer import Transformer, count_parameters
 from stages.batches import document_borders, read_window, training_batch, validation_windows
+from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
+from stages.peers import refuse_peer
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
 from stages.shards import TokenShards
 
@@ -53,26 +54,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     held_out = validation_windows(validation, config.seq_len, config.validation_windows)
     side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
     training_batch(train, config.seq_len, config.seed, 0, 1)  # refuses a corpus too small before any compute
-    if config.warmup_steps >= config.steps:
-        warnings.warn(
-            f"warmup_steps={config.warmup_steps} is not below steps={config.steps}: the learning rate only rises, to "
-            f"{config.steps / config.warmup_steps:.3g} of lr={config.lr:g}",
-            stacklevel=2,
-        )
-
-    if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
-        warnings.warn(
-            f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
-            f"mixer={config.model.mixer} is not; they change nothing",
-            stacklevel=2,
-        )
-
-    if config.sink_balance and config.model.mixer != "sink":
-        warnings.warn(
-            f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
-            "none, and trains without",
-            stacklevel=2,
-        )
+    warn_of_settings(config)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_peer(config.model, device)
@@ -183,36 +165,6 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             **preflight,
         },
     )
-
-
-def refuse_peer(model: ModelConfig, device: torch.device) -> None:
-    """Refusal when `model` is a peer and its package, or a GPU for it, is missing here."""
-    try:
-        check_peer(model, device)
-    except PeerError as error:
-        raise Refusal(str(error)) from error
-
-
-def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:
-    """Facts of the kernel preflight: what will train, and how far it is from the float64 reference.
-
-    Empty where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
-    """
-    if device.type != "cuda" or kernel_used(config) not in ("auto", "triton"):
-        return {}
-    from kernels.preflight import preflight
-
-    model = config.model
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    result = preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
-    return {"preflight": result.description, "preflight_errors": result.errors, "preflight_bound": result.bound}
-
-
-def kernel_used(config: PretrainConfig) -> str:
-    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), or torch."""
-    if config.model.mixer == "lazy" and config.model.lazy_threshold == "relative":
-        return config.kernel
-    return "sdpa" if config.model.mixer == "standard" else "torch"
 
 
 def resume(model: Transformer, optimizer: torch.optim.AdamW, identity: dict[str, object], context: Context) -> RunState:

@@ -1,7 +1,9 @@
 """Our results beside published ones: which variant answers to which published model, both orders, and their agreement.
 
 Published figures live in stages/published/<name>.json with their source. A variant answers to a published model of the
-same mixer and layer pattern; variants that differ in their seed only stand together as the mean of their losses.
+same mixer and layer pattern; variants that differ in their seed only stand together as the mean of their losses. Where
+several recipes have one mixer and pattern, as in a sweep, the first of the experiment answers. The others, and
+ablations of Lazy Attention, which have no published counterpart, are named as left out.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.config import LAZY_SWITCHES, ModelConfig
 from stages.published_claims import claims
 from stages.report_table import Row
+from stages.seeds import without_seed
 
 FOLDER = Path(__file__).parent / "published"
 
@@ -24,15 +28,20 @@ def published(name: str) -> dict[str, Any]:
     return found
 
 
-def beside_published(name: str, rows: Sequence[Row], unigram_entropy: float | None) -> dict[str, Any]:
-    """report["published"]: {"title", "source", "notes", "rows", "correlation", "claims"}.
+def beside_published(
+    name: str, rows: Sequence[Row], recipes: Sequence[Mapping[str, Any]], unigram_entropy: float | None
+) -> dict[str, Any]:
+    """report["published"]: {"title", "source", "notes", "rows", "left_out", "correlation", "claims"}.
 
+    recipes: of pretrain, one for each row.
     rows: one per (mixer, pattern) that both have, best validation loss of ours first: our mean "validation_loss" and
     "perplexity", "wikitext" and "nlu" of the source, and the rank in each from 1, ties sharing their mean.
     correlation: Spearman's, of our loss with each published figure (1: the same order); None with fewer than three.
     """
     source = published(name)
-    ours = by_mixer_and_pattern(rows)
+    answering = first_recipes(rows, recipes)
+    ours = by_mixer_and_pattern(answering)
+    names = {row["variant"] for row in answering}
     theirs = {(model["mixer"], model["pattern"]): model for model in source["models"]}
     both = sorted((key for key in ours if key in theirs), key=lambda key: ours[key]["validation_loss"])
     table = [{**theirs[key], **ours[key]} for key in both]
@@ -48,11 +57,27 @@ def beside_published(name: str, rows: Sequence[Row], unigram_entropy: float | No
         "source": source["source"],
         "notes": source["notes"],
         "rows": table,
+        "left_out": [str(row["variant"]) for row in rows if row["variant"] not in names],
         "correlation": {
             column: correlation(columns["validation_loss"], columns[column]) for column in ("wikitext", "nlu")
         },
         "claims": [claim._asdict() for claim in claims(ours, theirs, unigram_entropy)],
     }
+
+
+def first_recipes(rows: Sequence[Row], recipes: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows of the first recipe of every mixer and pattern, in all its seeds; no ablation of Lazy Attention."""
+    defaults = {switch: ModelConfig.model_fields[switch].default for switch in LAZY_SWITCHES}
+    first: dict[tuple[str, str], str] = {}
+    kept = []
+    for row, recipe in zip(rows, recipes, strict=True):
+        model = recipe.get("model", {})
+        if row.get("mixer_name") == "lazy" and any(model.get(name, value) != value for name, value in defaults.items()):
+            continue
+        rest = without_seed(recipe)
+        if first.setdefault(_key(row), rest) == rest:
+            kept.append(row)
+    return kept
 
 
 def by_mixer_and_pattern(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -64,8 +89,7 @@ def by_mixer_and_pattern(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str,
     for row in rows:
         if row.get("validation_loss") is None or row.get("mixer_name") is None:
             continue
-        pattern = "uniform" if row["mixer_name"] == "standard" else _named(row.get("pattern"))
-        groups.setdefault((str(row["mixer_name"]), pattern), []).append(row)
+        groups.setdefault(_key(row), []).append(row)
     found = {}
     for key, members in groups.items():
         loss = _mean(members, "validation_loss")
@@ -78,6 +102,12 @@ def by_mixer_and_pattern(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str,
             "skip_mixer": _mean(members, "validation_loss/skip_mixer"),
         }
     return found
+
+
+def _key(row: Row) -> tuple[str, str]:
+    """(mixer, pattern)"""
+    mixer = str(row.get("mixer_name"))
+    return mixer, "uniform" if mixer == "standard" else _named(row.get("pattern"))
 
 
 def _named(pattern: object) -> str:

@@ -46,13 +46,11 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
     """
     tokenize, variants = inputs["tokenize"], variants_of(inputs)
     report = comparison(config.title, tokenize, variants)
-    report["seeds"] = seed_table(
-        seed_groups(report["rows"], [variant.pretrain.manifest.get("config", {}) for variant in variants]),
-        report["reference"],
-    )
+    recipes = [recipe(variant) for variant in variants]
+    report["seeds"] = seed_table(seed_groups(report["rows"], recipes), report["reference"])
     report["published"] = None
     if config.compare_with is not None:
-        report["published"] = beside_published(config.compare_with, report["rows"], report["unigram_entropy"])
+        report["published"] = beside_published(config.compare_with, report["rows"], recipes, report["unigram_entropy"])
     report["findings"] = [finding._asdict() for finding in findings(report)]
     report["provenance"] = report_sections.provenance(inputs)
     context.progress(1, 4, "parts")
@@ -117,6 +115,13 @@ def variants_of(inputs: Mapping[str, Artifact]) -> list[Variant]:
         Variant(name, inputs[f"pretrain/{name}"], inputs[f"evaluate/{name}"], inputs[f"sparsity/{name}"])
         for name in names
     ]
+
+
+def recipe(variant: Variant) -> Mapping[str, Any]:
+    """What decides a variant's weights: the config of its training, its operational fields left out."""
+    manifest = variant.pretrain.manifest
+    found: Mapping[str, Any] = manifest.get("identity") or manifest.get("config", {})
+    return found
 
 
 def comparison(title: str, tokenize: Artifact, variants: Sequence[Variant]) -> dict[str, Any]:

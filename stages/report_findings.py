@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from stages.published import order_sentence
-from stages.report_table import PERPLEXITY_AT, Row, count, loss, perplexity, share, small
+from stages.report_table import PERPLEXITY_AT, Row, count, loss, perplexity, share, small, threshold
 from stages.seeds import certainty
 
 MAX_NAMES = 4  # a sentence that lists more names is not read
@@ -169,8 +169,9 @@ def _movement(report: Mapping[str, Any]) -> str | None:
     for row in ranked[:MAX_NAMES]:
         learned = []
         if row.get("tau_moved") is not None:
-            reach = f"to between {row['tau_min']:.3f} and {row['tau_max']:.3f}"
-            learned.append(f"τ moved by up to {small(row['tau_moved'])} ({reach})")
+            reach = f"to between {threshold(row['tau_min'])} and {threshold(row['tau_max'])}"
+            moved_by = small if abs(row["tau_min"]) >= 0.05 else threshold
+            learned.append(f"τ moved by up to {moved_by(row['tau_moved'])} ({reach})")
         if row.get("bias_moved") is not None:
             subject = "the distance bias" if learned else "the distance bias moved"
             learned.append(f"{subject} by up to {small(row['bias_moved'])}")

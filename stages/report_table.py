@@ -39,6 +39,11 @@ def small(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.4f}"
 
 
+def threshold(value: float) -> str:
+    """tau: around -1, or as a constant threshold around -1 / length."""
+    return f"{value:.3f}" if abs(value) >= 0.05 else f"{value:.2g}"
+
+
 def count(value: float) -> str:
     return f"{value:,.0f}"
 

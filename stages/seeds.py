@@ -14,21 +14,21 @@ BEYOND = 2.0  # spreads of the seeds that a difference must exceed to be told fr
 
 
 def seed_groups(rows: Sequence[Row], recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of rows whose recipes (pretrain configs) agree in all but the seed, in the order of the experiment.
+    """Groups of rows whose recipes (of pretrain) agree in all but the seed, in the order of the experiment.
 
     [{"name" (of its first variant), "variants", "seeds", "mean", "deviation"}] of the validation loss in nats;
-    deviation is the sample's (n - 1), None for a single one. Rows without a loss are left out. [] when every group has
-    one member.
+    deviation is the sample's (n - 1), None for a single one. Left out are rows without a loss, and all but the first of
+    those with one recipe and one seed: the same model under several names. [] when every group has one member.
     """
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, dict[object, Row]] = {}
     for row, recipe in zip(rows, recipes, strict=True):
         if row.get("validation_loss") is not None:
-            rest = {name: value for name, value in recipe.items() if name != "seed"}
-            groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(row)
+            groups.setdefault(without_seed(recipe), {}).setdefault(row.get("seed"), row)
     if all(len(members) == 1 for members in groups.values()):
         return []
     found = []
-    for members in groups.values():
+    for group in groups.values():
+        members = list(group.values())
         losses = [float(row["validation_loss"]) for row in members]
         found.append(
             {
@@ -40,6 +40,11 @@ def seed_groups(rows: Sequence[Row], recipes: Sequence[Mapping[str, Any]]) -> li
             }
         )
     return found
+
+
+def without_seed(recipe: Mapping[str, Any]) -> str:
+    """Equal for recipes that differ in the seed only."""
+    return json.dumps({name: value for name, value in recipe.items() if name != "seed"}, sort_keys=True, default=str)
 
 
 def against(group: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,9 +77,10 @@ def certainty(table: Mapping[str, Any]) -> str:
     single = [group for group in table["groups"] if group["deviation"] is None]
     spreads = [group["deviation"] for group in repeated]
     models = "1 model was" if len(repeated) == 1 else f"{len(repeated)} models were"
+    low, high = loss(min(spreads)), loss(max(spreads))
     text = (
         f"{models} trained with several seeds; the standard deviation of the validation loss over them is "
-        f"{loss(min(spreads))} to {loss(max(spreads))} nats."
+        f"{low if low == high else f'{low} to {high}'} nats."
     )
     for exceeds, what in ((True, "exceed"), (False, "do not exceed")):
         found = [group for group in repeated if group["exceeds"] is exceeds]

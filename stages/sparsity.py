@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.checkpoint import load_checkpoint
 from model.mixers.lazy import LazyAttention
 from model.peers import build_model
 from model.transformer import Transformer
@@ -28,6 +27,7 @@ from stages.attention_metrics import METRICS, average_windows, measure_windows
 from stages.batches import read_window, validation_windows
 from stages.configs import PretrainConfig, SparsityConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.peers import load_model
 from stages.shards import TokenShards
 
 HEAT_MAP_TOKENS = 256  # a picture of more tokens than pixels would have to merge weights, zeros among them
@@ -51,7 +51,7 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
             f"{config.windows} were asked for; the attention is measured on these {len(windows)}",
             stacklevel=2,
         )
-    checkpoint = load_checkpoint(inputs["pretrain"].path / "checkpoint", device)
+    checkpoint = load_model(inputs["pretrain"].path / "checkpoint", device)
     model = checkpoint.model
     _refuse_diverged(model)
     too_long = model.config.too_long(config.seq_len)

@@ -111,11 +111,17 @@ def saved_bytes(model: Transformer, length: int, half: bool) -> int:
     return sum(sizes.values())
 
 
+CONSTANT = {"lazy_threshold": "constant", "tau_init": -0.01}
+
+
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_activations_are_an_upper_estimate_of_the_saved_tensors(mixer: str, half: bool) -> None:
+@pytest.mark.parametrize(
+    ("mixer", "fields"),
+    [*((mixer, {}) for mixer in MIXERS), ("lazy", CONSTANT), *((mixer, {"qk_norm": True}) for mixer in MIXERS)],
+)
+def test_activations_are_an_upper_estimate_of_the_saved_tensors(mixer: str, fields: dict[str, Any], half: bool) -> None:
     length = 96
-    model = built(mixer=mixer, hidden_size=64, num_layers=4, max_seq_len=length, intermediate_size=192)
+    model = built(mixer=mixer, hidden_size=64, num_layers=4, max_seq_len=length, intermediate_size=192, **fields)
     model_of_lazy = Transformer(model.config, VOCAB)  # not the reference, which keeps every pair
     if mixer == "lazy":
         model = model_of_lazy
@@ -123,7 +129,24 @@ def test_activations_are_an_upper_estimate_of_the_saved_tensors(mixer: str, half
     memory = costs.training_memory(model.config, VOCAB, length, ROWS, kind)  # type: ignore[arg-type]
     copies = memory.weights // 3 if half else 0
     saved = saved_bytes(model, length, half)
+    if "qk_norm" in fields:  # the layer that is counted again would hide it
+        deeper = Transformer(model.config.model_copy(update={"num_layers": 8}), VOCAB)
+        if mixer == "text_qk":
+            assert deeper.side is not None
+            deeper.side.set_tokens(torch.arange(length) % VOCAB)
+        more = costs.training_memory(deeper.config, VOCAB, length, ROWS, kind)  # type: ignore[arg-type]
+        more_copies = (more.weights - memory.weights) // 3 if half else 0
+        growth = more.activations - memory.activations + more_copies
+        assert saved_bytes(deeper, length, half) - saved < 1.001 * growth  # of mlp, every tensor is counted exactly
     assert saved < memory.activations + memory.logits + copies < 1.9 * saved
+
+
+def test_beyond_a_block_of_queries_a_constant_threshold_keeps_no_pairs() -> None:
+    length = 2 * costs.QUERY_ROWS
+    relative = built(mixer="lazy", max_seq_len=length).config
+    constant = built(mixer="lazy", max_seq_len=length, **CONSTANT).config
+    one, other = (costs.training_memory(c, VOCAB, length, ROWS, "float32").activations for c in (relative, constant))
+    assert other - one == ROWS * length * 2 * costs.PAIRS[costs.CONSTANT_LAZY][0] * 2 * costs.QUERY_ROWS
 
 
 def test_memory_of_weights_and_optimizer_is_theirs() -> None:

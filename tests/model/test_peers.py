@@ -95,6 +95,31 @@ def test_mamba2_cannot_keep_documents_apart_and_says_so(monkeypatch: pytest.Monk
         build_model(small("mamba2"), 19)(torch.arange(5)[None], cu_seqlens=torch.tensor([0, 2, 5]))
 
 
+def test_borders_are_checked_and_reach_the_package_on_the_device_of_the_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device stands in for a GPU, where training keeps the borders on the CPU."""
+    monkeypatch.setattr("model.peers.check_peer", lambda *_: None)
+    with torch.device("meta"):
+        model, tokens = build_model(small("gla"), 19), torch.zeros(1, 5, dtype=torch.long)
+    given: dict[str, Any] = {}
+
+    class Stop(Exception):  # noqa: N818  (no error: it ends the call)
+        pass
+
+    def record(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Stop
+
+    monkeypatch.setattr(model.get_submodule("backbone"), "forward", record)
+    with pytest.raises(ValueError, match="rise from 0 to 5"):
+        model(tokens, cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32))
+    assert given == {}
+    with pytest.raises(Stop):
+        model(tokens, cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))
+    assert given["cu_seqlens"].device == tokens.device and given["cu_seqlens"].dtype == torch.int64
+
+
 def test_without_package_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.config.PEER_PACKAGE", "a_package_nobody_has")
     for call in (lambda: build_model(small("gla"), 19), lambda: check_peer(small("gla"), torch.device("cuda"))):

@@ -95,7 +95,9 @@ def test_ablations_of_the_section_reach_the_hybrids_only() -> None:
     asked = {name: variant.evaluate.ablations for name, variant in experiment.variants.items()}
     assert asked == {"lazy": (), "standard": (), "half": ("skip",)}
     assert small(variants={"half": {**variants["half"], "evaluate": {"ablations": ["skip"]}}}).variants
-    with pytest.raises(Refusal, match=r"variants.lazy.evaluate.ablations: \['skip'\] takes out .* is lazy; give it"):
+    with pytest.raises(
+        Refusal, match=r"variants.lazy.evaluate.ablations: \['skip'\] takes out .* is lazy; they are for hybrids"
+    ):
         small(variants={"lazy": {"mixer": "lazy", "evaluate": {"ablations": ["skip"]}}})
     with pytest.raises(Refusal, match=r"variants.lazy.evaluate.ablations: must be a list"):
         small(variants={"lazy": {"mixer": "lazy", "evaluate": {"ablations": "skip"}}})

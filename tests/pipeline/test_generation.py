@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from model.checkpoint import save_checkpoint
+from model.peers import build_model
 from model.transformer import Transformer
+from pipeline.bench_generate import bench_generate
 from pipeline.cli import app
 from pipeline.generation import GrowingText
 from stages.contract import Refusal
@@ -171,6 +173,18 @@ def test_bad_input_is_refused_by_name(checkpoints: Path, tmp_path: Path, argumen
     (folder / "torn" / "tokenizer.json").write_text("{}")
     with pytest.raises(Refusal, match=message):
         said(*(argument.format(folder=folder) for argument in arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_peer_is_refused_without_cuda(tmp_path: Path) -> None:
+    pytest.importorskip("fla", reason="the extra `peers` is not installed")
+    BYTES.save(str(tmp_path / "tokenizer.json"))
+    model = build_model(tiny("gla"), BYTES.get_vocab_size())
+    save_checkpoint(tmp_path / "gla", model, eos_id=0, tokenizer_json=tmp_path / "tokenizer.json")
+    with pytest.raises(Refusal, match="mixer=gla computes with CUDA kernels"):
+        said(tmp_path / "gla", TEXT)
+    with pytest.raises(Refusal, match="mixer=gla computes with CUDA kernels"):
+        bench_generate([str(tmp_path / "gla")])
 
 
 def test_an_experiment_and_a_variant_name_a_stored_model(finished_run: FinishedRun, tmp_path: Path) -> None:

@@ -55,6 +55,14 @@ def test_costs_of_small_models_by_hand() -> None:
     assert rows["lazy"]["training_flops_per_token"] == training_flops_per_token(model, 50, 32, 2)
 
 
+def test_a_peer_is_said_to_be_estimated_by_its_standard_model(tmp_path: Path) -> None:
+    config = write_experiment(tmp_path)
+    assert "that a peer is matched to" not in invoked("plan", config).stdout
+    gpus = ("resources.pretrain={gpus_per_worker: 1}", "resources.evaluate={gpus: 1}")
+    text = invoked("plan", config, "variants.other={mixer: gla}", *gpus).stdout
+    assert "other: the numbers of the standard model that a peer is matched to, not its own" in text
+
+
 def test_an_unknown_vocabulary_bounds_or_hides_what_depends_on_it(tmp_path: Path) -> None:
     hub = TokenizeConfig(tokenizer=HubTokenizer(kind="hub", name="a/b"))
     assert vocabulary(hub, None) == Vocabulary(65_536, exact=False)

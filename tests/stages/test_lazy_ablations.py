@@ -9,6 +9,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from stages import pretrain, sparsity
+from stages.before_training import check_kernels, kernel_used
 from stages.configs import PretrainConfig, SparsityConfig
 from stages.contract import Artifact
 from stages.report_findings import findings
@@ -70,8 +71,11 @@ def test_an_ablation_goes_through_the_stages(corpus: Artifact, tmp_path: Path, n
 
 def test_the_report_says_how_far_what_was_learned_has_moved() -> None:
     tau = {"tau_moved": 0.25, "tau_min": -1.0, "tau_max": -0.75}
+    constant = {"tau_moved": 6.8e-5, "tau_min": -3.12e-4, "tau_max": -2.4e-4}
     told = {}
-    for learned, values in (("both", {**tau, "bias_moved": 0.5}), ("tau", tau), ("bias", {"bias_moved": 0.5})):
+    for learned, values in (
+        ("both", {**tau, "bias_moved": 0.5}), ("tau", tau), ("bias", {"bias_moved": 0.5}), ("constant", constant),
+    ):  # fmt: skip
         rows = [{"variant": "v", "mixer": "lazy", "validation_loss": 4.0, "perplexity": 54.6, **values}]
         report = {"title": "t", "reference": "v", "columns": [], "rows": rows, "unigram_entropy": None}
         told[learned] = next(one.sentence for one in findings(report) if one.topic == "Learned thresholds")
@@ -80,6 +84,7 @@ def test_the_report_says_how_far_what_was_learned_has_moved() -> None:
     )
     assert told["tau"].endswith("τ moved by up to 0.250 (to between -1.000 and -0.750).")
     assert told["bias"].endswith("the distance bias moved by up to 0.500.")
+    assert told["constant"].endswith("τ moved by up to 6.8e-05 (to between -0.00031 and -0.00024).")
 
 
 def test_a_switch_that_the_mixer_does_not_have_is_warned_of(corpus: Artifact, tmp_path: Path) -> None:
@@ -98,6 +103,6 @@ def test_a_switch_that_the_mixer_does_not_have_is_warned_of(corpus: Artifact, tm
 @pytest.mark.parametrize(("name", "kernel"), [("no_bias", "blockwise"), ("constant", "torch")])
 def test_what_computes_it_is_said(name: str, kernel: str) -> None:
     config = config_of(name).model_copy(update={"kernel": "blockwise"})
-    assert pretrain.kernel_used(config) == kernel
+    assert kernel_used(config) == kernel
     # A constant threshold runs no Triton kernel, so there is none to check before training.
-    assert name != "constant" or pretrain.check_kernels(config_of(name), torch.device("cuda")) == {}
+    assert name != "constant" or check_kernels(config_of(name), torch.device("cuda")) == {}

@@ -60,6 +60,10 @@ def test_tau_map_is_centred_on_the_initial_value() -> None:
     image = figure.get_axes()[0].images[0]
     assert image.get_clim() == pytest.approx((-1.6, -0.4))
     assert {text.get_text() for text in figure.get_axes()[0].texts} == {"-1.000", "-0.400", "-1.100", "-0.900"}
+    figure = pictures.tau_heat_map(np.array([[-2.4e-4, -3.12e-4], [np.nan, np.nan]]), -1 / 4096, relative=False)
+    axes = figure.get_axes()[0]
+    assert [text.get_text() for text in axes.texts] == ["-0.00024", "-0.00031"]
+    assert axes.get_ylabel() == "layer (grey: no τ)"
 
 
 def test_layer_picture_draws_the_mean_over_heads_and_its_baseline() -> None:

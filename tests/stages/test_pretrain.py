@@ -319,7 +319,7 @@ def test_the_triton_kernels_are_checked_before_they_train(
     monkeypatch: pytest.MonkeyPatch, mixer: str, kernel: str, device: str, checked: bool
 ) -> None:
     from kernels import preflight
-    from stages.pretrain import check_kernels
+    from stages.before_training import check_kernels
 
     asked: list[tuple[object, ...]] = []
 

@@ -45,8 +45,14 @@ def as_published() -> dict[str, dict[str, Any]]:
     return {str(one["variant"]): one for one in rows}
 
 
+def beside(rows: list[dict[str, Any]], unigram_entropy: float | None = UNIGRAM) -> dict[str, Any]:
+    """Against the published figures, every row with the recipe of its name."""
+    recipes = [{"model": {"mixer": one["mixer_name"], "pattern": one["pattern"]}} for one in rows]
+    return beside_published("deconstructing", rows, recipes, unigram_entropy)
+
+
 def outcome(rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
-    found = beside_published("deconstructing", list(rows.values()), UNIGRAM)
+    found = beside(list(rows.values()))
     by_name = {claim["claim"]: claim["holds"] for claim in found["claims"]}
     assert set(by_name) == set(CLAIMS.values())
     return {short: by_name[name] for short, name in CLAIMS.items()}
@@ -55,7 +61,7 @@ def outcome(rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
 def test_the_published_figures_confirm_their_own_claims() -> None:
     rows = as_published()
     assert outcome(rows) == dict.fromkeys(CLAIMS, True)
-    found = beside_published("deconstructing", list(rows.values()), UNIGRAM)
+    found = beside(list(rows.values()))
     assert found["correlation"]["wikitext"] == pytest.approx(1.0)
     assert 0.5 < found["correlation"]["nlu"] < 1
     assert len(found["rows"]) == 13  # lazy has no counterpart
@@ -78,7 +84,7 @@ def test_one_number_refutes_a_claim_and_is_told(claim: str, variant: str, key: s
     rows = as_published()
     rows[variant][key] = value
     assert outcome(rows)[claim] is False
-    found = beside_published("deconstructing", list(rows.values()), UNIGRAM)
+    found = beside(list(rows.values()))
     (numbers,) = [one["numbers"] for one in found["claims"] if one["claim"] == CLAIMS[claim]]
     assert number in numbers
 
@@ -93,7 +99,7 @@ def test_a_hybrid_that_never_learned_cannot_collapse() -> None:
 def test_what_was_not_measured_is_neither_true_nor_false() -> None:
     rows = as_published()
     assert outcome({"standard": rows["standard"]}) == dict.fromkeys(CLAIMS)
-    found = beside_published("deconstructing", [rows["standard"], {**rows["mlp"], "validation_loss": None}], None)
+    found = beside([rows["standard"], {**rows["mlp"], "validation_loss": None}], None)
     assert len(found["rows"]) == 1 and found["correlation"] == {"wikitext": None, "nlu": None}
 
 
@@ -102,8 +108,33 @@ def test_ranks_share_ties_and_a_reversed_order_is_minus_one() -> None:
     rows = as_published()
     for one in rows.values():
         one["validation_loss"] = -one["validation_loss"]
-    found = beside_published("deconstructing", list(rows.values()), UNIGRAM)
+    found = beside(list(rows.values()))
     assert found["correlation"]["wikitext"] == pytest.approx(-1.0)
+
+
+def test_of_several_recipes_the_first_answers_and_no_ablation_does() -> None:
+    rows = [
+        row("lazy", "uniform", 3.0, seed=0),
+        row("lazy", "uniform", 4.0, seed=0),
+        row("standard", "uniform", 4.1, seed=0),
+        row("standard", "even", 4.3, seed=1),
+        row("standard", "uniform", 9.0, seed=0),
+    ]
+    for number, one in enumerate(rows):
+        one["variant"] = f"v{number}"
+    recipes: list[dict[str, Any]] = [
+        {"model": {"mixer": "lazy", "lazy_bias": False}},
+        {"model": {"mixer": "lazy", "lazy_bias": True}},
+        {"model": {"mixer": "standard"}, "seed": 0},
+        {"model": {"mixer": "standard"}, "seed": 1},
+        {"model": {"mixer": "standard"}, "lr": 0.1, "seed": 0},
+    ]
+    found = beside_published("deconstructing", rows, recipes, UNIGRAM)
+    assert found["left_out"] == ["v0", "v4"]
+    (standard,) = found["rows"]
+    assert standard["variants"] == ["v2", "v3"] and standard["validation_loss"] == pytest.approx(4.2)
+    (lazy,) = [claim["numbers"] for claim in found["claims"] if claim["claim"] == CLAIMS["lazy"]]
+    assert lazy.startswith("lazy 4.000, standard 4.200")
 
 
 def seeded(losses: dict[str, tuple[float, ...]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -137,6 +168,25 @@ def test_without_repetitions_there_is_no_table() -> None:
     assert seed_table(seed_groups(rows, recipes), "one") is None
     recipes[1] = {"model": {"mixer": "one"}, "seed": 0, "lr": 1.0}  # another learning rate is another model
     assert seed_groups(rows, recipes) == []
+
+
+def test_one_model_under_two_names_is_no_repetition() -> None:
+    rows, recipes = seeded({"one": (4.0, 4.1), "other": (4.2,)})
+    again = [{**rows[0], "variant": "again"}, *rows]
+    twice = seed_groups(again, [recipes[0], *recipes])
+    assert [group["variants"] for group in twice] == [["again", "one_1"], ["other"]]
+    assert seed_groups(again[:2], [recipes[0], recipes[0]]) == []
+    table = seed_table(twice, "other")
+    assert table is not None and "over them is 0.071 nats." in certainty(table)
+
+
+def test_the_page_without_a_published_counterpart_says_so(tmp_path: Path) -> None:
+    inputs = upstream(tmp_path, {"lazy": 4.0})
+    context = context_in(tmp_path / "report")
+    report.run(ReportConfig(compare_with="deconstructing"), inputs, context)
+    page = (context.output_dir / "report.md").read_text(encoding="utf-8")
+    assert "No variant has the mixer and pattern of one of its models." in page
+    assert "| model | variants |" not in page and "* Lazy Attention is near standard: not measured." in page
 
 
 def test_the_page_shows_the_published_order_the_ablations_and_the_seeds(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""What pretraining looks at before its first step: settings without effect, and whether the kernels are right here."""
+
+import warnings
+
+import torch
+
+from model.config import PEER_PACKAGE, PEERS
+from stages.configs import PretrainConfig
+
+
+def warn_of_settings(config: PretrainConfig) -> None:
+    """Warn of settings that do not do what they say in this model."""
+    if config.warmup_steps >= config.steps:
+        warnings.warn(
+            f"warmup_steps={config.warmup_steps} is not below steps={config.steps}: the learning rate only rises, to "
+            f"{config.steps / config.warmup_steps:.3g} of lr={config.lr:g}",
+            stacklevel=2,
+        )
+    if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
+        warnings.warn(
+            f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
+            f"mixer={config.model.mixer} is not; they change nothing",
+            stacklevel=2,
+        )
+    if config.sink_balance and config.model.mixer != "sink":
+        warnings.warn(
+            f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
+            "none, and trains without",
+            stacklevel=2,
+        )
+
+
+def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:
+    """Facts of the kernel preflight: what will train, and how far it is from the float64 reference.
+
+    Empty where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
+    """
+    if device.type != "cuda" or kernel_used(config) not in ("auto", "triton"):
+        return {}
+    from kernels.preflight import preflight
+
+    model = config.model
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    result = preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
+    return {"preflight": result.description, "preflight_errors": result.errors, "preflight_bound": result.bound}
+
+
+def kernel_used(config: PretrainConfig) -> str:
+    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (peers), or torch."""
+    if config.model.mixer == "lazy" and config.model.lazy_threshold == "relative":
+        return config.kernel
+    if config.model.mixer in PEERS:
+        return PEER_PACKAGE
+    return "sdpa" if config.model.mixer == "standard" else "torch"
