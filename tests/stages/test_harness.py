@@ -21,6 +21,7 @@ from model.transformer import Transformer
 from stages import harness_bench
 from stages.benchmarks import evaluate_task
 from stages.configs import EvaluateConfig
+from stages.contract import Refusal
 from stages.harness import HarnessModel
 from stages.harness_bench import save_llama, train_tokenizer
 from stages.suites import SUITES, expand
@@ -154,6 +155,29 @@ def test_continuations_stop_where_the_task_says(words: Path) -> None:
     expected = [text(ids).split("w0")[0].split(stop)[0] for ids in said]
     assert [answer.split() for answer in found] == [answer.split() for answer in expected]
     assert (adapter.counts.truncated, adapter.counts.tokens_cut) == (1, 14)
+
+
+def test_sampled_continuations_follow_seed_and_settings_whatever_the_batches(words: Path) -> None:
+    model = awake(tiny("lazy"))
+    prompts = [[5, 9, 2], [8, 1, 3], [5, 9, 2], [7, 7]]
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 20}
+    requests = instances("generate_until", [(text(prompt), settings) for prompt in prompts])
+    one, many = (HarnessModel(model, words, EOS, batch_size=size, seed=7).generate_until(requests) for size in (1, 4))
+    assert one == many and len(set(one)) == 4  # the same question twice is answered twice
+    for number, (prompt, answer) in enumerate(zip(prompts, one, strict=True)):
+        draw = torch.Generator().manual_seed(7 + number)
+        whole = generate(model, torch.tensor([prompt]), 8, 2.0, 20, draw, stop_token=EOS, top_p=0.9)[0].tolist()
+        assert answer.split() == text(whole[len(prompt) :]).split("w0")[0].split()
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 4}, {"repetition_penalty": 1.3}])
+def test_a_setting_that_generation_would_ignore_is_refused(words: Path, more: dict[str, Any]) -> None:
+    requests = instances("generate_until", [("w4 w5", {"until": ["w1"], "max_gen_toks": 4, **more})])
+    ((name, value),) = more.items()
+    with pytest.raises(Refusal, match=f"{name}={value}, which would be ignored"):
+        HarnessModel(awake(tiny("standard")), words, EOS).generate_until(requests)
+    plain = instances("generate_until", [("w4 w5", {"until": ["w1"], "max_gen_toks": 4, "num_beams": 1})])
+    assert HarnessModel(awake(tiny("standard")), words, EOS).generate_until(plain)
 
 
 # ---- the harness's own command line, with its Hugging Face backend
