@@ -87,6 +87,12 @@ def test_data_for_a_task_that_is_not_run_is_refused() -> None:
     EvaluateConfig(tasks=("lazy9",), task_data={"boolq": "x.jsonl"})
 
 
+def test_a_single_resample_is_refused() -> None:
+    with pytest.raises(ValidationError, match="bootstrap_iters=1: one resample has no standard deviation"):
+        EvaluateConfig(bootstrap_iters=1)
+    assert EvaluateConfig(bootstrap_iters=0).bootstrap_iters == 0
+
+
 # ---- what enters the recipe
 
 
