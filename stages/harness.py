@@ -249,7 +249,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         unknown = ["num_beams"] if beams != 1 else sorted(kwargs.keys() - KNOWN_SETTINGS)
         if unknown:
             raise Refusal(
-                f"generation_kwargs of the task hold {unknown[0]}={settings[unknown[0]]!r}, which would be ignored here; "
+                f"generation_kwargs of the task hold {unknown[0]}={settings[unknown[0]]!r}, which would be ignored; "
                 f"known are {', '.join(sorted(KNOWN_SETTINGS))}; leave the task out"
             )
         eos_text = self.tokenizer.decode([self._eos_id], skip_special_tokens=False)

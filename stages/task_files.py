@@ -140,8 +140,9 @@ def _copa(row: Row) -> Row:
 
 
 def _sciq(row: Row) -> Row:
+    names = ("distractor1", "distractor2", "distractor3", "correct_answer")
     found = {name: _text(row[name]) for name in ("question", "support")}
-    return found | {name: _choice(row[name]) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")}
+    return found | {name: _choice(row[name]) for name in names}
 
 
 def _rte(row: Row) -> Row:
@@ -287,8 +288,8 @@ def _raw_rows(path: Path, task: str) -> Iterator[Any]:
     except (ValueError, OSError, EOFError) as error:  # pyarrow's ArrowInvalid is a ValueError
         if isinstance(error, Refusal):
             raise
-        lines = "Extra data" in str(error) and kind == "json"
-        remedy = "one object a line is .jsonl: rename it" if lines else "write it again"
+        several = kind == "json" and "Extra data" in str(error)
+        remedy = "one object a line is .jsonl: rename it" if several else "write it again"
         raise Refusal(
             f"evaluate.task_data.{task}: {str(path)!r} cannot be read as {kind}: {first_line(error)}; {remedy}"
         ) from None
