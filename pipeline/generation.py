@@ -54,7 +54,7 @@ def read_prompts(arguments: Sequence[str], prompt_file: str | None, unprompted: 
             raise Refusal(
                 f"--prompt-file {prompt_file}: {error}; give a UTF-8 text file, one prompt per line"
             ) from None
-        prompts += text.splitlines()
+        prompts += text.removesuffix("\n").split("\n") if text else []  # not at U+2028 or form feeds inside a line
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise Refusal(f"prompt {number} is empty; give it some text, or begin a document with --unprompted")

@@ -235,13 +235,15 @@ def finished(config: EvaluateConfig, checkpoint: Path, task: str, scratch_dir: P
 
 
 def _key(config: EvaluateConfig, checkpoint: Path, task: str) -> str:
-    """What a task's numbers depend on, as a hash: the settings, its files and the checkpoint by name, size and time."""
+    """What a task's numbers depend on, as a hash: the settings, the harness's version, its files and the checkpoint by
+    name, size and time.
+    """
     paths = [*files_of(config, task).values(), checkpoint / "model.safetensors"]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     settings = config.model_dump(
         mode="json", exclude={"tasks", "task_data", "task_revisions", "task_workers", "prompts", "context_lengths"}
     )
-    text = json.dumps([task, config.task_revisions.get(task), settings, stamps], sort_keys=True)
+    text = json.dumps([task, version("lm_eval"), config.task_revisions.get(task), settings, stamps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

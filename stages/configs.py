@@ -340,6 +340,8 @@ class EvaluateConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.bootstrap_iters == 1:
+            raise ValueError("bootstrap_iters=1: one resample has no standard deviation; give two or more, or 0")
         tasks = expand(self.tasks)
         for field in ("task_data", "task_revisions"):
             for task in getattr(self, field):

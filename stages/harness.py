@@ -23,12 +23,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.generate import generate
+from model.generate import generate_all
 from model.transformer import Transformer
 from stages.contract import Refusal
 
 LOGITS_AT_ONCE = 2**25  # float32: 128 MiB
 MAX_NEW_TOKENS = 256  # of a task that names no number, as the harness's own backends
+KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of generation_kwargs
 
 Tokens = tuple[int, ...]
 
@@ -219,27 +220,38 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     # ---- continuations
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
-        """Continuations, each cut before the first of its stop texts. Greedy unless the task asks for sampling."""
+        """Continuations, each cut before the first of its stop texts. Greedy unless the task asks for sampling.
+
+        Request i is sampled with seed + i by a generator of its own, whatever the batches.
+        """
         prompts = [tuple(self.tok_encode(request.args[0])) or (self._eos_id,) for request in requests]
         settings = [repr(sorted(request.args[1].items())) for request in requests]
+        # `generate_all` batches prompts of equal length: they stand side by side.
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(prompts[i]), i))
+        size = self._batch_size or max(1, self._batch_tokens // self.max_length)
         answers = [""] * len(requests)
         done = 0
-        # `generate` takes prompts of one length: those of equal settings and length share a batch.
-        for _, equal in itertools.groupby(order, key=lambda i: (settings[i], len(prompts[i]))):
+        for _, equal in itertools.groupby(order, key=lambda i: settings[i]):
             same = list(equal)
-            size = self._batch_size or max(1, self._batch_tokens // self.max_length)
             for start in range(0, len(same), size):
                 batch = same[start : start + size]
-                texts = self._continue([prompts[i] for i in batch], requests[batch[0]].args[1])
+                seeds = [self._seed + i for i in batch]
+                texts = self._continue([prompts[i] for i in batch], seeds, requests[batch[0]].args[1])
                 for index, text in zip(batch, texts, strict=True):
                     answers[index] = text
                 done += len(batch)
                 self._on_batch(done, len(requests))
         return answers
 
-    def _continue(self, prompts: Sequence[Tokens], settings: dict[str, Any]) -> list[str]:
+    def _continue(self, prompts: Sequence[Tokens], seeds: Sequence[int], settings: dict[str, Any]) -> list[str]:
         kwargs = normalize_gen_kwargs(settings, MAX_NEW_TOKENS)
+        beams = kwargs.pop("num_beams", 1)
+        unknown = ["num_beams"] if beams != 1 else sorted(kwargs.keys() - KNOWN_SETTINGS)
+        if unknown:
+            raise Refusal(
+                f"generation_kwargs of the task hold {unknown[0]}={settings[unknown[0]]!r}, which would be ignored; "
+                f"known are {', '.join(sorted(KNOWN_SETTINGS))}; leave the task out"
+            )
         eos_text = self.tokenizer.decode([self._eos_id], skip_special_tokens=False)
         stops = handle_stop_sequences(kwargs.get("until"), eos=eos_text)
         new_tokens = int(kwargs["max_gen_toks"])
@@ -249,21 +261,22 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 f"evaluate.max_length={self.max_length} leaves no room for a prompt before the {new_tokens} tokens the "
                 "task generates; raise max_length (and the model's max_seq_len), or leave the task out"
             )
-        cut = max(0, len(prompts[0]) - room)
-        self._count(requests=len(prompts), truncated=len(prompts) * (cut > 0), tokens_cut=len(prompts) * cut)
-        given = torch.tensor([prompt[cut:] for prompt in prompts], device=self._device)
+        cuts = [max(0, len(prompt) - room) for prompt in prompts]
+        self._count(requests=len(prompts), truncated=sum(cut > 0 for cut in cuts), tokens_cut=sum(cuts))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            whole = generate(
+            continuations = generate_all(
                 self.model,
-                given,
+                [prompt[cut:] for prompt, cut in zip(prompts, cuts, strict=True)],
                 new_tokens,
                 float(kwargs.get("temperature") or 0.0),
                 kwargs.get("top_k"),
-                torch.Generator().manual_seed(self._seed),
-                stop_token=self._eos_id,
+                seeds,
+                self._eos_id,
+                kwargs.get("top_p"),
+                batch_size=len(prompts),
             )
         texts = []
-        for ids in whole[:, given.shape[1] :].tolist():
+        for ids in continuations:
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             for stop in stops:
                 text = text.split(stop)[0] if stop else text

@@ -24,6 +24,7 @@ from model.transformer import Transformer
 from stages.contract import Refusal
 
 EOS = "<|endoftext|>"
+TOKENIZER_SIZE = 2048
 
 
 def to_llama(model: Transformer) -> Any:
@@ -134,7 +135,7 @@ def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
     model = Transformer(config, vocab_size, options.seed).to(device).eval()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_json = Path(folder) / "tokenizer.json"
-        train_tokenizer([context + continuation for context, continuation in pairs], 2048, tokenizer_json)
+        train_tokenizer([context + continuation for context, continuation in pairs], TOKENIZER_SIZE, tokenizer_json)
         ours = HarnessModel(model, tokenizer_json, eos_id=0, batch_size=options.batch_size)
         theirs: Any = HFLM(
             pretrained=to_llama(model).to(device),
@@ -159,6 +160,21 @@ def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refusal for the first value out of range."""
+    smallest = dict.fromkeys(("num_layers", "num_heads", "questions", "batch_size", "repeats"), 1)
+    asked = {name: getattr(options, name) for name in smallest} | {"vocab_size": min(options.vocab_size)}
+    for name, value in asked.items():
+        least = smallest.get(name, TOKENIZER_SIZE)
+        if value < least:
+            raise Refusal(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    width = 2 * options.num_heads
+    if options.hidden_size < 1 or options.hidden_size % width:
+        raise Refusal(f"--hidden-size {options.hidden_size}: must be a multiple of twice --num-heads, {width}")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise Refusal(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print a row per vocabulary size; --json writes them to a file too."""
     parser = argparse.ArgumentParser(prog="lazypipe bench evaluate", description=__doc__)
@@ -172,6 +188,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    check(options)
     missing = [name for name in ("accelerate", "lm_eval") if importlib.util.find_spec(name) is None]
     if missing:
         raise Refusal(

@@ -62,8 +62,8 @@ def definition(task: str) -> Path:
         return known
     names = scan(folder)
     if task not in names:
-        close = difflib.get_close_matches(task, [*SUITES, *names], n=3, cutoff=0.6)
-        offered = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        close = difflib.get_close_matches(task.strip().lower(), [*SUITES, *names], n=3, cutoff=0.6)
+        offered = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise Refusal(
             f"evaluate.tasks: lm-evaluation-harness has no task {task!r}{offered} The suites are {', '.join(SUITES)}"
         )

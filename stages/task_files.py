@@ -41,24 +41,34 @@ def _text(value: Any) -> str:
     return value
 
 
+def _choice(value: Any) -> str:
+    """Text of a choice. The harness divides by its length."""
+    if not _text(value):
+        raise ValueError("a choice is empty")
+    return str(value)
+
+
 def _label(value: Any, names: tuple[str, ...]) -> int:
     """The number of a label that is written as its number, as text, or as true or false."""
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    number = int(value)
-    if not 0 <= number < len(names):
+    if isinstance(value, str):
+        value = names.index(value) if value in names else int(value) if value.isdecimal() else value
+    if not isinstance(value, (int, float)) or value not in range(len(names)):
         raise ValueError(f"expected a label among {', '.join(names)} or 0 ... {len(names) - 1}, found {value!r}")
-    return number
+    return int(value)
 
 
 def _piqa(row: Row) -> Row:
-    return {**{name: _text(row[name]) for name in ("goal", "sol1", "sol2")}, "label": _label(row["label"], ("0", "1"))}
+    found = {"goal": _text(row["goal"]), "sol1": _choice(row["sol1"]), "sol2": _choice(row["sol2"])}
+    return {**found, "label": _label(row["label"], ("0", "1"))}
 
 
 def _hellaswag(row: Row) -> Row:
     found = {name: _text(row[name]) for name in ("activity_label", "ctx_a", "ctx_b")}
-    endings = [_text(ending) for ending in row["endings"]]
-    return {**found, "endings": endings, "label": str(_label(row["label"], tuple("0123")))}
+    endings = row["endings"]
+    if not isinstance(endings, list) or len(endings) < 2:
+        raise ValueError(f"expected a list of endings, found {endings!r}")
+    label = _label(row["label"], tuple(str(number) for number in range(len(endings))))
+    return {**found, "endings": [_choice(ending) for ending in endings], "label": str(label)}
 
 
 def _winogrande(row: Row) -> Row:
@@ -78,7 +88,10 @@ def _choices(row: Row) -> Row:
         texts, labels = list(choices["text"]), list(choices["label"])
     else:
         texts, labels = [choice["text"] for choice in choices], [choice["label"] for choice in choices]
-    return {"text": [_text(text) for text in texts], "label": [str(label) for label in labels]}
+    labels = [str(label) for label in labels]
+    if len(texts) != len(labels) or len(texts) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(f"expected a label of its own for each of two choices or more, found {labels} for {texts}")
+    return {"text": [_choice(text) for text in texts], "label": labels}
 
 
 def _answered(row: Row, choices: Row) -> str:
@@ -104,11 +117,12 @@ def _openbookqa(row: Row) -> Row:
 
 
 def _social_iqa(row: Row) -> Row:
-    names = ("context", "question", "answerA", "answerB", "answerC")
-    label = row["label"] if "label" in row or "correct" not in row else "ABC".index(row["correct"]) + 1
-    if str(label) not in ("1", "2", "3"):
-        raise ValueError(f"expected the label 1, 2 or 3, found {label!r}")
-    return {**{name: _text(row[name]) for name in names}, "label": str(label)}
+    label = str(row["label"] if "label" in row or "correct" not in row else row["correct"])
+    if label not in ("1", "2", "3", "A", "B", "C"):
+        raise ValueError(f"expected the label 1, 2 or 3 (or correct: A, B or C), found {label!r}")
+    found = {name: _text(row[name]) for name in ("context", "question")}
+    found |= {name: _choice(row[name]) for name in ("answerA", "answerB", "answerC")}
+    return {**found, "label": str("ABC".index(label) + 1) if label in "ABC" else label}
 
 
 def _boolq(row: Row) -> Row:
@@ -120,13 +134,15 @@ def _boolq(row: Row) -> Row:
 def _copa(row: Row) -> Row:
     if row["question"] not in ("cause", "effect"):
         raise ValueError(f"expected the question 'cause' or 'effect', found {row['question']!r}")
-    found = {name: _text(row[name]) for name in ("premise", "choice1", "choice2", "question")}
+    found = {"premise": _text(row["premise"]), "question": row["question"]}
+    found |= {name: _choice(row[name]) for name in ("choice1", "choice2")}
     return {**found, "label": _label(row["label"], ("0", "1"))}
 
 
 def _sciq(row: Row) -> Row:
-    names = ("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer")
-    return {name: _text(row[name]) for name in names}
+    names = ("distractor1", "distractor2", "distractor3", "correct_answer")
+    found = {name: _text(row[name]) for name in ("question", "support")}
+    return found | {name: _choice(row[name]) for name in names}
 
 
 def _rte(row: Row) -> Row:
@@ -138,12 +154,19 @@ def _rte(row: Row) -> Row:
 
 def _lambada(row: Row) -> Row:
     if "text" not in row and "continuation" in row:
-        return {"text": f"{_text(row['context']).rstrip()} {_text(row['continuation']).strip()}"}
-    return {"text": _text(row["text"])}
+        text = f"{_text(row['context']).rstrip()} {_text(row['continuation']).strip()}"
+    else:
+        text = _text(row["text"])
+    # The harness asks for what follows the last space, whatever that is.
+    if not all(text.rpartition(" ")[::2]):
+        raise ValueError(f"expected some text and, after a space, its last word, found {text[-60:]!r}")
+    return {"text": text}
 
 
 def _wikitext(row: Row) -> Row:
-    return {"page": _text(row["page"])}
+    if not _text(row["page"]).strip():
+        raise ValueError("the page is blank")
+    return {"page": row["page"]}
 
 
 @dataclass(frozen=True)
@@ -199,10 +222,8 @@ def _how(path: Path, task: str) -> tuple[str, bool] | None:
 def check_file(path: Path, task: str, cache_dir: Path | None) -> str:
     """The sha256 (hex) of a task's file, after a look at its first rows; a Refusal when it cannot be used."""
     facts = next(iter(file_facts([task_file(path, task)], cache_dir)))
-    if facts.blank:
+    if facts.blank or not list(itertools.islice(_rows(path, task), ROWS_CHECKED)):
         raise Refusal(f"evaluate.task_data.{task}: {str(path)!r} is empty; give a file that holds the task's documents")
-    for _ in itertools.islice(_rows(path, task), ROWS_CHECKED):
-        pass
     return facts.sha256
 
 
@@ -267,8 +288,10 @@ def _raw_rows(path: Path, task: str) -> Iterator[Any]:
     except (ValueError, OSError, EOFError) as error:  # pyarrow's ArrowInvalid is a ValueError
         if isinstance(error, Refusal):
             raise
+        several = kind == "json" and "Extra data" in str(error)
+        remedy = "one object a line is .jsonl: rename it" if several else "write it again"
         raise Refusal(
-            f"evaluate.task_data.{task}: {str(path)!r} cannot be read as {kind}: {first_line(error)}; write it again"
+            f"evaluate.task_data.{task}: {str(path)!r} cannot be read as {kind}: {first_line(error)}; {remedy}"
         ) from None
 
 

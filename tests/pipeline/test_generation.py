@@ -128,6 +128,8 @@ def test_prompts_come_from_arguments_files_and_standard_input(checkpoints: Path,
     assert [row["prompt"] for row in rows] == ["the end", "of the", "wind", ""]
     piped = as_json(*options, "--prompt-file", "-", stdin="of the\nwind\n")["continuations"]
     assert piped == rows[1:3]
+    odd = as_json(*options, "--prompt-file", "-", stdin="of\u2028the\r\nwind\x0cand")["continuations"]
+    assert [row["prompt"] for row in odd] == ["of\u2028the", "wind\x0cand"]
     text = said(*options, "--prompt-file", "-", stdin="of the\nwind\n")
     assert text == "".join(f"--- prompt {n}\n{row['prompt']}{row['text']}\n" for n, row in enumerate(piped, 1))
 

@@ -13,7 +13,7 @@ from model.loss import next_token_loss
 from model.transformer import Transformer
 from stages import evaluate, pretrain
 from stages.batches import document_borders, read_window, training_batch, validation_windows
-from stages.configs import EvaluateConfig, PretrainConfig
+from stages.configs import EvaluateConfig, ExtrapolationConfig, PretrainConfig
 from stages.contract import Artifact
 from stages.shards import TokenShards
 from tests.model.tiny_model import with_side_text
@@ -132,6 +132,11 @@ def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tm
             nats = sum(next_token_loss(model, one[None], "sum").item() for one in stretches)
         assert loss == pytest.approx(nats / (length * len(chosen)), rel=1e-5)
         assert loss != pytest.approx(losses[False][length], rel=5e-5)
+
+    longer = scoring.model_copy(update={"extrapolation": ExtrapolationConfig(lengths=(32,), max_tokens=64)})
+    trained = Artifact(directory, {"facts": outputs.facts, "metrics": {}})
+    with pytest.warns(UserWarning, match="document_masking, but extrapolation and probes read on across"):
+        evaluate.run(longer, {"tokenize": short, "pretrain": trained}, context_in(tmp_path / "longer"))
 
 
 def test_without_borders_in_the_windows_masking_changes_rounding_only(corpus: Artifact, tmp_path: Path) -> None:

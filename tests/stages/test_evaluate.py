@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
-from stages import evaluate, pretrain
+from stages import evaluate, perplexity, pretrain
 from stages.configs import PROBES, EvaluateConfig
 from stages.contract import Artifact, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
@@ -94,13 +94,13 @@ def test_no_more_than_batch_tokens_pass_through_the_model_at_once(
     corpus: Artifact, trained: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    honest = evaluate.next_token_loss
+    honest = perplexity.next_token_loss
 
     def watched(model: Any, windows: torch.Tensor, *others: Any) -> torch.Tensor:
         sizes.append(windows[:, 1:].numel())
         return honest(model, windows, *others)
 
-    monkeypatch.setattr(evaluate, "next_token_loss", watched)
+    monkeypatch.setattr(perplexity, "next_token_loss", watched)
     evaluated(corpus, trained, tmp_path, batch_tokens=200, max_tokens=500)
     assert max(sizes) <= 200
     assert sum(sizes) == 31 * 16 + 15 * 32 + 3 * 128

@@ -57,6 +57,8 @@ def test_the_suites_of_the_papers() -> None:
     [
         ("hellaswagg", "no task 'hellaswagg'; did you mean 'hellaswag'"),
         ("lazy8", "did you mean 'lazy9'"),
+        ("LAZY9", "no task 'LAZY9'; did you mean 'lazy9'"),
+        ("0", "no task '0'. The suites are lazy9, deconstruct9"),
         ("mmlu", "'mmlu' is a group of tasks; name its tasks one by one"),
         ("squadv2", "'squadv2' is written in Python"),
     ],
@@ -83,6 +85,12 @@ def test_data_for_a_task_that_is_not_run_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"task_data names 'boolq', which tasks=\['deconstruct8'\]"):
         EvaluateConfig(tasks=("deconstruct8",), task_data={"boolq": "x.jsonl"})
     EvaluateConfig(tasks=("lazy9",), task_data={"boolq": "x.jsonl"})
+
+
+def test_a_single_resample_is_refused() -> None:
+    with pytest.raises(ValidationError, match="bootstrap_iters=1: one resample has no standard deviation"):
+        EvaluateConfig(bootstrap_iters=1)
+    assert EvaluateConfig(bootstrap_iters=0).bootstrap_iters == 0
 
 
 # ---- what enters the recipe
@@ -146,6 +154,11 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
         ("broken.jsonl.gz", b"no gzip", "not an intact gzip file|cannot be read"),
         ("lacks.jsonl", json.dumps({**PIQA, "sol2": None}).encode(), "row 1 is no document of piqa: expected text"),
         ("label.jsonl", json.dumps({**PIQA, "label": 7}).encode(), "expected a label among 0, 1"),
+        ("half.jsonl", json.dumps({**PIQA, "label": 0.5}).encode(), "expected a label among 0, 1 .* found 0.5"),
+        ("infinite.jsonl", json.dumps({**PIQA, "label": float("inf")}).encode(), "expected a label .* found inf"),
+        ("choice.jsonl", json.dumps({**PIQA, "sol1": ""}).encode(), "row 1 is no document of piqa: a choice is empty"),
+        ("lines.json", (json.dumps(PIQA) + "\n").encode() * 2, "one object a line is .jsonl: rename it"),
+        ("latin.jsonl", json.dumps(PIQA).encode().replace(b"g", b"\xff", 1), "cannot be read as jsonl: 'utf-8' codec"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_by_name(
@@ -159,6 +172,43 @@ def test_files_that_cannot_be_used_are_refused_by_name(
         tasks_identity(config, None)
         read_rows(path, "piqa")
     assert name in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_without_rows_is_refused_when_planned(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "none.json").write_text("[]")
+    pq.write_table(pa.table({"goal": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    for name in ("none.json", "none.parquet"):
+        with pytest.raises(Refusal, match=f"{name}' is empty"):
+            tasks_identity(EvaluateConfig(tasks=("piqa",), task_data={"piqa": str(tmp_path / name)}), None)
+
+
+SWAG = {"activity_label": "a", "ctx_a": "x", "ctx_b": "y", "endings": ["p", "q", "r", "s"], "label": 3}
+ARC = {"question": "q", "choices": {"text": ["p", "q"], "label": ["A", "B"]}, "answerKey": "B"}
+SIQA = {"context": "c", "question": "q", "answerA": "p", "answerB": "q", "answerC": "r"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "said"),
+    [
+        ("hellaswag", {**SWAG, "endings": ["p", "q", "r"]}, "expected a label among 0, 1, 2 or 0 ... 2, found 3"),
+        ("hellaswag", {**SWAG, "endings": "pqrs"}, "expected a list of endings, found 'pqrs'"),
+        ("hellaswag", {**SWAG, "endings": ["p", "", "r", "s"]}, "a choice is empty"),
+        ("arc_easy", {**ARC, "choices": {"text": ["p", "q", "r"], "label": ["A", "B"]}}, "expected a label of its own"),
+        ("arc_easy", {**ARC, "choices": {"text": ["p", "q"], "label": ["B", "B"]}}, "expected a label of its own"),
+        ("social_iqa", {**SIQA, "correct": ""}, "expected the label 1, 2 or 3 .* found ''"),
+        ("social_iqa", {**SIQA, "correct": "BC"}, "expected the label 1, 2 or 3 .* found 'BC'"),
+        ("rte", {"premise": "p", "hypothesis": "h", "label": "neutral"}, "among entailment, .* found 'neutral'"),
+        ("lambada_openai", {"text": "ends in a space "}, "after a space, its last word, found 'ends in a space '"),
+        ("lambada_openai", {"text": "word"}, "after a space, its last word"),
+        ("wikitext", {"page": " \n"}, "the page is blank"),
+    ],
+)
+def test_rows_that_would_give_wrong_numbers_are_refused(task: str, row: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=f"row 1 is no document of {task}: .*{said}"):
+        read_rows(written(tmp_path / "rows.jsonl", row), task)
 
 
 def test_a_missing_column_is_named_with_what_is_there(tmp_path: Path) -> None:
