@@ -68,6 +68,9 @@ AMPERE: dict[tuple[str, int, bool], Tile] = {
     ("key", 256, False): Tile(16, 32, 4, 1),
     ("bias", 128, False): Tile(64, 64, 8, 2),
     ("bias", 256, False): Tile(64, 64, 8, 1),
+    ("forward", 16, True): Tile(32, 32, 4, 2),
+    ("query", 16, True): Tile(32, 32, 4, 2),
+    ("key", 128, True): Tile(16, 16, 8, 1),
     ("forward", 64, True): Tile(32, 32, 4, 2),
     ("query", 64, True): Tile(32, 32, 4, 1),
 }
