@@ -20,7 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.tiles import CANDIDATES, KERNELS, Tile, decode_tile, default_tile, fits, separate_outputs
+from kernels.tiles import (
+    KERNELS,
+    Tile,
+    decode_tile,
+    fits,
+    keep_values,
+    product_precision,
+    separate_outputs,
+    shipped_tiles,
+)
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use, per architecture
 # Machine instructions worth counting: tensor-core products, exponentials, loads, shared-memory traffic, arithmetic.
@@ -60,23 +69,27 @@ class Finding:
 def cases_for(
     archs: Sequence[int], dims: Sequence[int], dtypes: Sequence[str] = ("bf16", "fp32"), every_tile: bool = False
 ) -> list[Case]:
-    """The default tile of every kernel, or every tile the default forward tile allows, with the variants that ship."""
+    """The default tile of every kernel, or every tile that ships, with the variants that do."""
     cases = []
     for arch, dim, dtype in itertools.product(archs, dims, dtypes):
         wide = dtype == "fp32"
-        mask_tile = default_tile("forward", dim, wide, arch // 10)
+        forwards = shipped_tiles("forward", dim, wide, arch // 10)
         for kernel in KERNELS:
-            default = default_tile(kernel, dim, wide, arch // 10)
-            others = [t for t in CANDIDATES[kernel, dim, wide] if every_tile and t != default]
-            tiles = [default, *(t for t in others if kernel == "forward" or fits(kernel, t, mask_tile))]
+            tiles = shipped_tiles(kernel, dim, wide, arch // 10)
+            if not every_tile:
+                del tiles[1:]
             variants = ["training"]
             if kernel == "forward":
                 variants = ["training", "inference"]
             if kernel == "key" and separate_outputs(dim, wide):
                 variants = ["dk", "dv"]
-            cases += [Case(kernel, dim, dtype, tile, arch, mask_tile, v) for tile in tiles for v in variants]
+            for tile, variant in itertools.product(tiles, variants):
+                # A backward tile is compiled with the mask of the first forward tile whose mask it can read.
+                mask_tile = tile if kernel == "forward" else next(f for f in forwards if fits(kernel, tile, f))
+                cases.append(Case(kernel, dim, dtype, tile, arch, mask_tile, variant))
         cases += [
-            Case(kernel, dim, dtype, decode_tile(dim), arch, mask_tile, "decode") for kernel in ("scores", "values")
+            Case(kernel, dim, dtype, decode_tile(dim, wide), arch, forwards[0], "decode")
+            for kernel in ("scores", "values")
         ]
     return cases
 
@@ -92,9 +105,10 @@ def _function_and_constants(case: Case) -> tuple[Any, dict[str, Any]]:
 
         sizes: dict[str, Any] = {"D": case.head_dim, "DP": case.head_dim, "BR": 16, "BN": case.tile.block_n}
         sizes["SPLITS"] = 64
-        sizes |= {"PRECISION": "tf32x3" if case.dtype == "fp32" else "ieee"}
+        sizes["PRECISION"] = product_precision(case.kernel, case.head_dim, case.dtype == "fp32")
         return {"scores": decode_scores_kernel, "values": decode_values_kernel}[case.kernel], sizes
-    tile, training = case.tile, case.variant != "inference"
+    tile, training, wide = case.tile, case.variant != "inference", case.dtype == "fp32"
+    part = case.variant if case.variant in ("dk", "dv") else case.kernel
     constants: dict[str, Any] = {
         "D": case.head_dim,
         "DP": case.head_dim,
@@ -111,7 +125,8 @@ def _function_and_constants(case: Case) -> tuple[Any, dict[str, Any]]:
         "NEED_DQ": True,
         "NEED_DK": case.variant != "dv",
         "NEED_DV": case.variant != "dk",
-        "PRECISION": "tf32x3" if case.dtype == "fp32" else "ieee",
+        "PRECISION": product_precision(part, case.head_dim, wide),
+        "KEEP_V": keep_values(case.head_dim, wide),
     }
     functions = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel, "bias": bias_kernel}
     return functions[case.kernel], constants
@@ -161,14 +176,14 @@ def compile_case(case: Case) -> Finding:
         shared=int(compiled.metadata.shared),
         stack=stack,
         wgmma=ptx.count("wgmma.mma_async"),
-        plain_tf32=_products_of_plain_tf32(compiled.asm["ttgir"]),
+        plain_tf32=_products_of_plain_tf32(compiled.asm["ttir"]),
         instructions=instructions,
     )
 
 
-def _products_of_plain_tf32(ttgir: str) -> int:
-    """Products of float32 operands that the compiler was allowed to round to TF32."""
-    return sum("inputPrecision = tf32 " in line or "inputPrecision = tf32}" in line for line in ttgir.splitlines())
+def _products_of_plain_tf32(ttir: str) -> int:
+    """Products of float32 operands that the compiler may round to TF32, before it makes three of each tf32x3 one."""
+    return len(re.findall(r"inputPrecision = tf32\b", ttir))
 
 
 def _tool(name: str) -> str:
@@ -224,12 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.audit", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256], choices=[16, 32, 64, 128, 256])
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--kernels", nargs="+", choices=(*KERNELS, "scores", "values"), help="only these kernels")
     parser.add_argument("--all", action="store_true", help="every candidate tile, not only the defaults")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="also write the findings here")
     arguments = parser.parse_args(argv)
     cases = cases_for(arguments.arch, arguments.dims, arguments.dtypes, arguments.all)
+    cases = [case for case in cases if not arguments.kernels or case.kernel in arguments.kernels]
     findings = compile_all(cases, arguments.workers)
     print(format_table(findings))
     if arguments.json:

@@ -203,10 +203,10 @@ def blockwise_backward(
             for start, stop in runs:
                 ds[..., start:stop] += whole_dp[..., start:stop]
         if need_q:
-            part = torch.bmm(ds, p.k[pairs, s.key0 : s.key1, :dim]).mul_(scale)
+            part = torch.bmm(ds, p.k[pairs, s.key0 : s.key1]).mul_(scale)
             _rows(dq, layout, s).copy_(view5(p, s, part))
         if need_k:
-            dk[pairs, :, s.key0 : s.key1].baddbmm_(rows_q[..., :dim].mT, ds)
+            dk[pairs, :, s.key0 : s.key1].baddbmm_(rows_q.mT, ds)
         if need_bias:
             covered, columns = band_columns(p, s)
             in_band = view5(p, s, ds)[..., -covered:]

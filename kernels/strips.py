@@ -16,9 +16,9 @@ from kernels.reference import document_starts
 
 BLOCK = 128
 LOG2_E = math.log2(math.e)
-# A task takes so many pairs that its widest strip has about this many scores: 1 MB of float32, a core's second-level
-# cache. At L = 256 strips of one pair pay more for their calls than for their arithmetic.
-STRIP_ELEMENTS = 1 << 18
+# A task takes so many pairs that its widest strip has about this many scores: 2 MB of float32. With half as many
+# L = 2048 took 1.1 times as long, as lanes pay for every call; with twice as many L = 256 took 1.15 times as long.
+STRIP_ELEMENTS = 1 << 19
 
 
 class Strip(NamedTuple):
@@ -37,11 +37,12 @@ class Strip(NamedTuple):
 class Problem(NamedTuple):
     """The inputs in the layout and dtype the strips work in."""
 
-    q: Tensor  # [B, Hkv, group, Lq, D + 1], times scale log2(e); the last column is -lse, or 0 before it is known
-    k: Tensor  # [B * Hkv, Lk, D + 1]; the last column is 1
+    q: Tensor  # [B, Hkv, group, Lq, D], times scale log2(e)
+    k: Tensor  # [B * Hkv, Lk, D]
     v: Tensor  # [B * Hkv, Lk, D]
     band: Tensor  # [Hkv, group, BLOCK, W + BLOCK - 1]: log2(e) bias, 0 beyond the window, -inf above the diagonal
     token_count: Tensor  # n_i [Lq]
+    lse: Tensor | None  # [B, Hkv, group, Lq, 1], log2 units; None before it is known
     thresholds: Tensor  # tau_h / n_i [Hkv, group, Lq, 1]
     single: list[int]  # rows with n_i = 1
     first_key: Tensor | None  # [Lq] int64, first key of each row's document; None without packed documents
@@ -62,11 +63,10 @@ def prepare(
 ) -> Problem:  # fmt: skip
     """Casts to the compute dtype (float32, or float64 for float64 inputs) and cuts the work into strips.
 
-    Scores are in log2 units: exp2 took a quarter of the time of exp. With `lse` [B, Hq, Lq] (log2 units, from the
-    forward) they come out of the product with it already subtracted, through one more column of q and k.
+    Scores are in log2 units: exp2 took a third of the time of exp. `lse` [B, Hq, Lq], in log2 units, is the forward's.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads_kv, key_len, dim = k.shape
+    batch, heads_kv, key_len, _ = k.shape
     query_len, group = q.shape[2], q.shape[1] // heads_kv
     shift = key_len - query_len
     token_count = torch.arange(shift + offset + 1, shift + offset + query_len + 1)
@@ -75,19 +75,13 @@ def prepare(
         first_key = document_starts(cu_seqlens, query_len)
         token_count = token_count - first_key
     counts = token_count.to(compute)
-    wide_q = torch.empty(*q.shape[:3], dim + 1, dtype=compute)
-    wide_q[..., :dim] = q  # cast before scaling: a product of bfloat16 would be rounded to bfloat16
-    wide_q[..., :dim].mul_(scale * LOG2_E)
-    wide_q[..., dim] = 0.0 if lse is None else -lse
-    wide_k = torch.empty(batch * heads_kv, key_len, dim + 1, dtype=compute)
-    wide_k[..., :dim] = k.flatten(0, 1)
-    wide_k[..., dim] = 1.0
     return Problem(
-        q=torch.unflatten(wide_q, 1, (heads_kv, group)),
-        k=wide_k,
+        q=torch.unflatten(q.to(compute) * (scale * LOG2_E), 1, (heads_kv, group)),  # bfloat16 would round the product
+        k=k.to(compute).contiguous().flatten(0, 1),
         v=v.to(compute).contiguous().flatten(0, 1),
         band=torch.unflatten(_band(bias * LOG2_E, compute), 0, (heads_kv, group)),
         token_count=counts,
+        lse=None if lse is None else torch.unflatten(lse, 1, (heads_kv, group)).unsqueeze(-1),
         thresholds=tau.to(compute).view(heads_kv, group, 1, 1) / counts[:, None],
         single=(token_count == 1).nonzero().flatten().tolist(),
         first_key=first_key,
@@ -174,6 +168,8 @@ def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
     torch.bmm(rows_q, p.k[s.pair0 : s.pair1, s.key0 : s.key1].mT, out=scores)
     covered, columns = band_columns(p, s)
     by_head = view5(p, s, scores)
+    if p.lse is not None:  # as one more column of the product it cost a copy of k: 40 ms of 2100 at L = 8192
+        by_head.sub_(p.lse[s.batches, s.heads, :, s.row0 : s.row1])
     by_head[..., -covered:].add_(p.band[s.heads, :, : s.row1 - s.row0, columns])
     if p.first_key is not None:
         last_start = int(p.first_key[s.row1 - 1])

@@ -2,7 +2,8 @@
 
 A tile is looked up by (kernel, padded head_dim, 16 or 32 bit). The cache is a JSON file written by `kernels.tuning`
 and read once per process, so a choice never changes while a model trains. By `python -m kernels.audit` the
-16-bit defaults, and the float32 ones of head_dim 64, compile without spills for sm_80 and sm_90; no GPU has timed them.
+defaults compile without spills for sm_80 and sm_90, but for the float32 forward of head_dim 256 (about 100 bytes of
+stack per thread); no GPU has timed them.
 """
 
 import contextlib
@@ -39,25 +40,24 @@ CANDIDATES["query", 128, False] = (Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile
 CANDIDATES["key", 128, False] = (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 128, 8, 2))
 CANDIDATES["bias", 128, False] = (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
 CANDIDATES["forward", 256, False] = (Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 2))
-CANDIDATES["query", 256, False] = (Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 2))
+CANDIDATES["query", 256, False] = (Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1))
 CANDIDATES["key", 256, False] = (Tile(16, 64, 8, 1), Tile(32, 64, 8, 1))
 CANDIDATES["bias", 256, False] = (Tile(64, 64, 8, 1), Tile(64, 64, 4, 1))
 for _dim in (16, 32, 64):
     CANDIDATES["forward", _dim, True] = (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2))
     CANDIDATES["query", _dim, True] = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))
-    CANDIDATES["key", _dim, True] = (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2))
+    # With keys, values and both gradients in registers as TF32 triples, 32 x 32 spilled from head_dim 32.
+    CANDIDATES["key", _dim, True] = (Tile(16, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2))
     CANDIDATES["bias", _dim, True] = (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
-# With keys, values and both gradients of 64 columns in registers as TF32 triples, 32 x 32 spilled.
-CANDIDATES["key", 64, True] = (Tile(16, 32, 4, 1), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2))
 CANDIDATES["bias", 64, True] = (Tile(16, 16, 4, 1), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2))
-CANDIDATES["forward", 128, True] = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2))
-CANDIDATES["query", 128, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
-CANDIDATES["key", 128, True] = (Tile(32, 32, 8, 1), Tile(16, 32, 4, 1))
-CANDIDATES["bias", 128, True] = (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1))
-CANDIDATES["forward", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
-CANDIDATES["query", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
-CANDIDATES["key", 256, True] = (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1))
-CANDIDATES["bias", 256, True] = (Tile(32, 32, 8, 1), Tile(32, 32, 4, 1))
+CANDIDATES["forward", 128, True] = (Tile(16, 32, 4, 1), Tile(64, 32, 8, 2))
+CANDIDATES["query", 128, True] = (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))
+CANDIDATES["key", 128, True] = (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))
+CANDIDATES["bias", 128, True] = (Tile(16, 16, 8, 1), Tile(32, 32, 4, 1))
+CANDIDATES["forward", 256, True] = (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))
+CANDIDATES["query", 256, True] = (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))
+CANDIDATES["key", 256, True] = (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1))
+CANDIDATES["bias", 256, True] = (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1))
 
 # Defaults where mma, with its operands in registers, needs smaller tiles than wgmma.
 AMPERE: dict[tuple[str, int, bool], Tile] = {
@@ -68,12 +68,18 @@ AMPERE: dict[tuple[str, int, bool], Tile] = {
     ("key", 256, False): Tile(16, 32, 4, 1),
     ("bias", 128, False): Tile(64, 64, 8, 2),
     ("bias", 256, False): Tile(64, 64, 8, 1),
+    ("forward", 16, True): Tile(32, 32, 4, 2),
+    ("query", 16, True): Tile(32, 32, 4, 2),
+    ("key", 128, True): Tile(16, 16, 8, 1),
     ("forward", 64, True): Tile(32, 32, 4, 2),
     ("query", 64, True): Tile(32, 32, 4, 1),
 }
 for _dim in (16, 32, 64):
     AMPERE["query", _dim, False] = Tile(128, 64, 8, 1)
     AMPERE["key", _dim, False] = Tile(32, 64, 8, 2)
+
+# float32 kernels, by padded head_dim, whose TF32 triples spilled in every tile tried, down to 16 x 16.
+IEEE = {("bias", 128), ("dk", 128), ("query", 256), ("bias", 256), ("dk", 256), ("dv", 256)}
 
 # Rows of a decode tile are the queries of a group, at most DECODE_ROWS; longer chunks go through the forward kernel.
 DECODE_ROWS = 64
@@ -101,9 +107,23 @@ def default_tile(kernel: str, padded: int, wide: bool, capability: int) -> Tile:
     return AMPERE.get((kernel, padded, wide), hopper) if capability < 9 else hopper
 
 
-def decode_tile(padded: int) -> Tile:
-    """Rows are the queries of a group, padded to 16 or more; 64 keys a step, 32 at head_dim 256, where 64 spilled."""
-    return Tile(16, 32 if padded > 128 else 64, 4, 3)
+def shipped_tiles(kernel: str, padded: int, wide: bool, capability: int) -> list[Tile]:
+    """Every tile a GPU of this capability may be given, its default first: what tuning times and the audit compiles."""
+    return list(dict.fromkeys([default_tile(kernel, padded, wide, capability), *CANDIDATES[kernel, padded, wide]]))
+
+
+def decode_tile(padded: int, wide: bool) -> Tile:
+    """Rows are the queries of a group, padded to 16 or more; 64 keys a step, fewer where 64 spilled."""
+    return Tile(16, 32 if padded * (2 if wide else 1) > 128 else 64, 4, 3)
+
+
+def product_precision(kernel: str, padded: int, wide: bool) -> str:
+    """Triton's input_precision for the products of a kernel, with "dk" and "dv" for the two halves of "key".
+
+    float32 never falls back to plain TF32. Three TF32 products restore its accuracy on tensor cores; each operand then
+    sits in registers in two parts, and where that spilled, products are IEEE multiply-adds.
+    """
+    return "ieee" if not wide or (kernel, padded) in IEEE else "tf32x3"
 
 
 def separate_outputs(padded: int, wide: bool) -> bool:
@@ -112,6 +132,11 @@ def separate_outputs(padded: int, wide: bool) -> bool:
     The second launch repeats one product of the seven; the spills were up to 12 KB of stack per thread.
     """
     return padded > 128 or (wide and padded > 32)
+
+
+def keep_values(padded: int, wide: bool) -> bool:
+    """Whether the key kernel holds its V tile in registers; in float32 beside K it spilled, even at 16 x 16."""
+    return not (wide and padded > 64)
 
 
 def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:

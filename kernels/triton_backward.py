@@ -106,7 +106,7 @@ def key_kernel(
     heads_kv, group, query_len, key_len, offset, window, num_tiles, num_words, num_mask_rows, qk_scale, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr,
     MM: tl.constexpr, MN: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP_V: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [B, Hkv, Lk, D], summed over the query heads of the group. Scores are kept as [keys, queries]."""
     i_n = tl.program_id(0)
@@ -119,7 +119,9 @@ def key_kernel(
     m_keys = (o_key < key_len)[:, None] & m_d[None, :]
     o_long = o_key[:, None].to(tl.int64)
     b_k = tl.load(p_k + i_b * s_kb + i_kv * s_kh + o_long * s_kl + o_d[None, :], mask=m_keys, other=0.0)  # [BN, DP]
-    b_v = tl.load(p_v + i_b * s_vb + i_kv * s_vh + o_long * s_vl + o_d[None, :], mask=m_keys, other=0.0)  # [BN, DP]
+    p_v_tile = p_v + i_b * s_vb + i_kv * s_vh + o_long * s_vl + o_d[None, :]
+    if KEEP_V:
+        b_v = tl.load(p_v_tile, mask=m_keys, other=0.0)  # [BN, DP]
     block_lo = tl.maximum(key0 - shift, 0) // BM
     row_end = query_len
     if PACKED:
@@ -165,6 +167,8 @@ def key_kernel(
                 if NEED_DV:
                     b_dv = product(b_a.to(b_do.dtype), b_do, b_dv, PRECISION=PRECISION)
                 if NEED_DK:
+                    if not KEEP_V:
+                        b_v = tl.load(p_v_tile, mask=m_keys, other=0.0)
                     b_da = product(b_v, tl.trans(b_do), PRECISION=PRECISION)
                     b_ds += tl.where(b_a > 0.0, b_p * b_da, 0.0)
             if NEED_DK:

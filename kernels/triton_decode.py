@@ -124,7 +124,7 @@ def launch_decode(
     heads_kv, key_len = k.shape[1:3]
     group = heads // heads_kv
     rows = group * query_len
-    tile = decode_tile(padded_dim(dim))
+    tile = decode_tile(padded_dim(dim), q.dtype == torch.float32)
     wanted = min(MOST_SPLITS, max(1, DECODE_PROGRAMS // (batch * heads_kv)), math.ceil(key_len / tile.block_n))
     keys_per_split = math.ceil(key_len / wanted / tile.block_n) * tile.block_n
     splits = math.ceil(key_len / keys_per_split)
@@ -137,11 +137,12 @@ def launch_decode(
         decode_scores_kernel[(splits, batch * heads_kv)](
             q, k, bias.contiguous(), scores, peaks, sums, *q.stride()[:3], *k.stride()[:3],
             heads_kv, group, query_len, key_len, bias.shape[1], keys_per_split, scale * LOG2_E,
-            **sizes, PRECISION=precision(q), **options(tile),
+            **sizes, PRECISION=precision("scores", q), **options(tile),
         )  # fmt: skip
         decode_values_kernel[(splits, batch * heads_kv)](
             v, scores, peaks, sums, tau.contiguous(), parts, read, *v.stride()[:3],
             heads_kv, group, query_len, key_len, offset, keys_per_split,
-            **sizes, SPLITS=triton.next_power_of_2(splits), PRECISION=precision(q), **options(tile),
+            **sizes, SPLITS=triton.next_power_of_2(splits), PRECISION=precision("values", q),
+            **options(tile),
         )  # fmt: skip
     return parts.sum(2).view(q.shape).to(q.dtype), read.sum(2)

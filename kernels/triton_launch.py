@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kernels.reference import document_starts
-from kernels.tiles import Tile, padded_dim, separate_outputs, tile_for
+from kernels.tiles import Tile, keep_values, padded_dim, product_precision, separate_outputs, tile_for
 from kernels.toeplitz import bias_gradient, bias_tiles, tile_count, tile_step
 from kernels.triton_backward import key_kernel, query_kernel
 from kernels.triton_bias_grad import bias_kernel
@@ -35,11 +35,11 @@ def mask_shape(query_len: int, key_len: int, tile: Tile) -> tuple[int, int]:
     return (query_len + tile.block_m - 1) // tile.block_m, (key_len + 32 * tile.block_n - 1) // (32 * tile.block_n)
 
 
-def precision(x: Tensor) -> str:
-    """float32 products never fall back to plain TF32: three TF32 products restore float32 accuracy."""
+def precision(kernel: str, x: Tensor) -> str:
+    """The PRECISION of a kernel's products for inputs like x [.., D], see kernels.tiles.product_precision."""
     if x.dtype == torch.bfloat16 and not x.is_cuda:
         return "upcast"
-    return "tf32x3" if x.dtype == torch.float32 else "ieee"
+    return product_precision(kernel, padded_dim(x.shape[-1]), x.dtype == torch.float32)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -89,7 +89,7 @@ def launch_forward(
             heads, heads // heads_kv, query_len, key_len, offset, window, table.shape[1], num_words, scale * LOG2_E,
             D=dim, DP=padded_dim(dim), BM=tile.block_m, BN=tile.block_n, STEP=tile_step(tile.block_m, tile.block_n),
             WORDS=triton.next_power_of_2(num_words), PACKED=cu_seqlens is not None, TRAINING=training, STATS=stats,
-            PRECISION=precision(q), **options(tile),
+            PRECISION=precision("forward", q), **options(tile),
         )  # fmt: skip
     return result
 
@@ -127,8 +127,8 @@ def launch_query(s: Saved, need_dq: bool) -> tuple[Tensor, Tensor, Tensor]:
             heads, group, query_len, key_len, s.offset, s.bias.shape[1], table.shape[1], s.words.shape[3],
             s.words.shape[2], s.scale * LOG2_E, s.scale,
             D=dim, DP=padded_dim(dim), BM=tile.block_m, BN=tile.block_n, STEP=tile_step(tile.block_m, tile.block_n),
-            MM=mask_tile.block_m, PACKED=s.cu_seqlens is not None, NEED_DQ=need_dq, PRECISION=precision(s.q),
-            **options(tile),
+            MM=mask_tile.block_m, PACKED=s.cu_seqlens is not None, NEED_DQ=need_dq,
+            PRECISION=precision("query", s.q), **options(tile),
         )  # fmt: skip
     return dq, delta, da_sum
 
@@ -158,7 +158,9 @@ def launch_key(s: Saved, delta: Tensor, need_dk: bool, need_dv: bool) -> tuple[T
                 s.words.shape[3], s.words.shape[2], s.scale * LOG2_E, s.scale,
                 D=dim, DP=padded_dim(dim), BM=tile.block_m, BN=tile.block_n, STEP=tile_step(tile.block_m, tile.block_n),
                 MM=mask_tile.block_m, MN=mask_tile.block_n, PACKED=s.cu_seqlens is not None, NEED_DK=want_dk,
-                NEED_DV=want_dv, PRECISION=precision(s.q), **options(tile),
+                NEED_DV=want_dv, PRECISION=precision("dk" if want_dk else "dv", s.q),
+                KEEP_V=keep_values(padded_dim(dim), s.q.dtype == torch.float32),
+                **options(tile),
             )  # fmt: skip
     return dk, dv
 
@@ -182,6 +184,6 @@ def launch_bias(s: Saved, delta: Tensor) -> Tensor:
             batch, heads, group, query_len, key_len, s.offset, window, s.words.shape[3], s.words.shape[2],
             first_delta, s.scale * LOG2_E,
             D=dim, DP=padded_dim(dim), T=size, MM=mask_tile.block_m, MN=mask_tile.block_n,
-            PACKED=s.cu_seqlens is not None, PRECISION=precision(s.q), **options(tile),
+            PACKED=s.cu_seqlens is not None, PRECISION=precision("bias", s.q), **options(tile),
         )  # fmt: skip
     return bias_gradient(sums.sum(2), first_delta, size, window)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.tiles import CANDIDATES, KERNELS, Tile, cache_key, fits, forced_tiles, padded_dim, write_cache
+from kernels.tiles import KERNELS, Tile, cache_key, fits, forced_tiles, padded_dim, shipped_tiles, write_cache
 from kernels.triton_ops import triton_backward, triton_forward
 
 log = logging.getLogger(__name__)
@@ -32,10 +32,11 @@ def tune(inputs: Sequence[Tensor], time_call: Callable[[Callable[[], object]], f
     timer = _do_bench if time_call is None else time_call
     dim, wide = q.shape[3], q.dtype == torch.float32
     scale = dim**-0.5
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
     best: dict[str, Tile] = {}
     for kernel in KERNELS:
         timings: dict[Tile, float] = {}
-        for tile in CANDIDATES[kernel, padded_dim(dim), wide]:
+        for tile in shipped_tiles(kernel, padded_dim(dim), wide, capability):
             if kernel != "forward" and not fits(kernel, tile, best["forward"]):
                 continue
             with forced_tiles({**best, kernel: tile}):

@@ -31,6 +31,7 @@ def arguments(**changes):
         ({"q": torch.zeros(1, 3, 8, 16)}, ValueError, "q has 3 heads and k 2; expected a multiple"),
         ({"q": torch.zeros(1, 4, 9, 16)}, ValueError, "expected Lq <= Lk"),
         ({"q": torch.zeros(1, 4, 0, 16)}, ValueError, "expected no empty dimension"),
+        ({"k": torch.zeros(2, 2, 8, 16), "v": torch.zeros(2, 2, 8, 16)}, ValueError, "expected [1, Hkv, Lk, 16]"),
         ({"k": torch.zeros(1, 2, 8, 8)}, ValueError, "k has shape [1, 2, 8, 8] and v [1, 2, 8, 16]"),
         ({"k": torch.zeros(1, 2, 8, 16).half()}, TypeError, "k has dtype torch.float16 and q torch.float32"),
         ({"k": torch.zeros(1, 2, 8, 16, device="meta")}, ValueError, "k is on meta and q on cpu"),
@@ -38,6 +39,12 @@ def arguments(**changes):
         ({"bias": torch.zeros(3, 4)}, ValueError, "bias has shape [3, 4]; expected [4, W]"),
         ({"bias": torch.zeros(4, 0)}, ValueError, "bias has shape [4, 0]"),
         ({"bias": torch.zeros(4, 4).bfloat16()}, TypeError, "bias has dtype torch.bfloat16; expected torch.float32"),
+        ({"v": torch.zeros(1, 2, 8, 16).bfloat16()}, TypeError, "v has dtype torch.bfloat16 and q torch.float32"),
+        ({"bias": torch.zeros(4, 4, device="meta")}, ValueError, "bias is on meta and q on cpu"),
+        ({"tau": torch.zeros(4, device="meta")}, ValueError, "tau is on meta and q on cpu"),
+        ({"tau": None}, TypeError, "tau is a NoneType; expected a torch.Tensor"),
+        ({"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "cu_seqlens is on meta"),
+        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, ValueError, "cu_seqlens is torch.int32 [1, 2]"),
         ({"tau": torch.zeros(2)}, ValueError, "tau has shape [2]; expected [4]"),
         ({"tau": torch.zeros(4).half()}, TypeError, "tau has dtype torch.float16; expected torch.float32"),
         ({"backend": "flash"}, ValueError, "backend is 'flash'; expected one of auto, reference, blockwise, triton"),
@@ -81,6 +88,8 @@ def test_triton_says_what_it_cannot_take(monkeypatch):
         lazy_attention(*p.double().inputs, backend="triton")
     with pytest.raises(ValueError, match="head_dim 8"):
         lazy_attention(*make_problem(0, query_len=8, dim=8).inputs, backend="triton")
+    with pytest.raises(ValueError, match="head_dim 272"):
+        lazy_attention(*make_problem(0, query_len=8, dim=272).inputs, backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="q is on cpu; expected a CUDA device"):
         lazy_attention(*p.inputs, backend="triton")
@@ -122,6 +131,23 @@ def test_strided_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cache_with_room_to_grow(backend):
+    """Decoding from the front of a larger buffer laid out [B, L, H, D], whose unused end holds NaN."""
+    p = make_problem(2, batch=2, heads_kv=2, group=2, query_len=3, key_len=40, taus=(-0.9, 0.2))
+    q = p.q.transpose(1, 2).contiguous().transpose(1, 2)
+    cache = torch.full((2, 2, 64, 2, 16), torch.nan)
+    cache[0, :, :40], cache[1, :, :40] = p.k.transpose(1, 2), p.v.transpose(1, 2)
+    k, v = cache[:, :, :40].transpose(2, 3)
+    assert not k.is_contiguous()
+    assert torch.equal(k, p.k)
+    with torch.no_grad():
+        expected = lazy_attention(*p.double().inputs, backend="reference")
+        out = lazy_attention(q, k, v, p.bias, p.tau, backend=backend)
+        assert torch.equal(out, lazy_attention(q, k, v, p.bias, p.tau, backend=backend))
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_gradient(backend):
     p = make_problem(3, query_len=20)
     inputs = [x.detach().requires_grad_() for x in p.inputs]
@@ -145,8 +171,11 @@ def test_each_gradient_alone(backend, wanted):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_are_bitwise_equal(backend):
-    p = make_problem(5, batch=2, group=2, query_len=300 if backend != "triton" else 40, taus=(-1.0, 0.2))
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_runs_are_bitwise_equal(backend, packed):
+    length = 300 if backend != "triton" else 40
+    shape = {"documents": [1, 17, length - 3]} if packed else {"batch": 2}
+    p = make_problem(5, heads_kv=2, group=2, query_len=length, taus=(-1.0, 0.2), dtype=torch.bfloat16, **shape)
     with forced_tiles(SMALL_TILES):
         for x, y in zip(run(p, backend), run(p, backend), strict=True):
             assert torch.equal(x, y)
@@ -184,23 +213,50 @@ def test_opcheck_blockwise(documents, stats):
     torch.library.opcheck(blockwise, (*op_inputs(p), p.cu_seqlens, 0, 0.25, stats), test_utils=CHECKS)
 
 
-def test_opcheck_triton():
-    p = make_problem(8, query_len=20, taus=(-0.9,))
-    torch.library.opcheck(triton_forward, (*op_inputs(p), None, 0, 0.25, True, True), test_utils=CHECKS)
-    torch.library.opcheck(triton_decode, (*p.inputs, 0, 0.25), test_utils=CHECKS)
+@pytest.mark.parametrize("documents", [None, [3, 9]])
+@pytest.mark.parametrize(("training", "stats"), [(True, False), (True, True), (False, True)])
+def test_opcheck_triton(documents, training, stats):
+    p = make_problem(8, query_len=20, group=2, taus=(-0.9, 0.2), documents=documents)
+    inputs = op_inputs(p) if training else p.inputs  # without M the forward serves inference alone
+    with forced_tiles(SMALL_TILES):
+        torch.library.opcheck(triton_forward, (*inputs, p.cu_seqlens, 0, 0.25, training, stats), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blockwise"])
-def test_compiles_as_one_graph(backend):
-    p = make_problem(9, query_len=40, group=2, taus=(-0.9, 0.2))
+@pytest.mark.parametrize("offset", [0, 5])
+def test_opcheck_triton_decode(offset):
+    p = make_problem(8, batch=2, heads_kv=2, group=2, query_len=3, key_len=40, taus=(-0.9, 0.2), offset=offset)
+    torch.library.opcheck(triton_decode, (*p.inputs, offset, 0.25), test_utils=CHECKS)
 
-    def doubled(q, k, v, bias, tau):
-        return 2 * lazy_attention(q, k, v, bias, tau, backend=backend)
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("documents", [None, [3, 9]])
+def test_compiles_as_one_graph(backend, documents):
+    p = make_problem(9, query_len=40, group=2, taus=(-0.9, 0.2), documents=documents)
+
+    def doubled(*inputs):
+        out, stats = lazy_attention(*inputs, cu_seqlens=p.cu_seqlens, backend=backend, return_stats=True)
+        return 2 * out, stats.row_sparsity
+
+    torch._dynamo.reset()
     compiled = torch.compile(doubled, backend="aot_eager", fullgraph=True)
     results = []
-    for function in (doubled, compiled):
-        inputs = op_inputs(p)
-        results.append([function(*inputs), *torch.autograd.grad(function(*inputs), inputs, p.grad_out)])
+    with forced_tiles(SMALL_TILES):
+        for function in (doubled, compiled):
+            inputs = op_inputs(p)
+            out, sparsity = function(*inputs)
+            results.append([out, sparsity, *torch.autograd.grad(out, inputs, p.grad_out)])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_compiles_as_one_graph(backend):
+    p = make_problem(10, heads_kv=2, group=2, query_len=1, key_len=40, taus=(-0.9, 0.2))
+
+    def decode(q, k, v):
+        with torch.no_grad():
+            return lazy_attention(q, k, v, p.bias, p.tau, position_offset=3, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*p[:3]), decode(*p[:3]))

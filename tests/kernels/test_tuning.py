@@ -16,6 +16,7 @@ from kernels.tiles import (
     fits,
     forced_tiles,
     padded_dim,
+    shipped_tiles,
     tile_for,
 )
 from kernels.tuning import tune
@@ -27,6 +28,20 @@ CPU = torch.device("cpu")
 def test_every_default_fits_its_forward():
     for (kernel, dim, wide), tiles in CANDIDATES.items():
         assert fits(kernel, tiles[0], CANDIDATES["forward", dim, wide][0]) or kernel == "forward"
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+def test_shipped_tiles_fit_together(capability):
+    """Whichever forward tile is fastest, a backward tile can read its mask; and no tile ships that never could."""
+    for _, dim, wide in {(0, *key[1:]) for key in CANDIDATES}:
+        forwards = shipped_tiles("forward", dim, wide, capability)
+        for kernel in ("query", "key", "bias"):
+            tiles = shipped_tiles(kernel, dim, wide, capability)
+            assert fits(kernel, tiles[0], forwards[0]), (kernel, dim, wide)
+            for forward in forwards:
+                assert any(fits(kernel, tile, forward) for tile in tiles), (kernel, dim, wide, forward)
+            for tile in tiles:
+                assert any(fits(kernel, tile, forward) for forward in forwards), (kernel, dim, wide, tile)
 
 
 @pytest.mark.parametrize(("dim", "padded"), [(16, 16), (17, 32), (64, 64), (96, 128), (256, 256), (5, 16)])
