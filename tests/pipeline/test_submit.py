@@ -209,5 +209,10 @@ def test_ctrl_c_leaves_the_job_and_a_stopped_job_is_killed_in_mlflow(cluster: Cl
     )
     urllib.request.urlopen(request, timeout=10).close()
     wait_for(lambda: cluster.jobs()[job_id]["status"] == "STOPPED", "the job to stop", 40)
-    (training,) = [run for run in cluster.runs() if run.info.status != "FINISHED" and run.info.run_name != "tiny"]
-    assert (training.info.run_name, training.info.status) == ("pretrain/lazy", "KILLED")
+
+    def unfinished() -> list[tuple[str, str]]:
+        runs = [run.info for run in cluster.runs() if run.info.status != "FINISHED" and run.info.run_name != "tiny"]
+        return [(run.run_name, run.status) for run in runs]
+
+    # The job may be reported stopped a moment before its driver's last word has reached MLflow.
+    wait_for(lambda: unfinished() == [("pretrain/lazy", "KILLED")], "the run to be marked killed", 40)
