@@ -24,8 +24,7 @@ def next_token_loss(
     head_mass: as in `Transformer.forward`.
     """
     inputs = windows[:, :-1] if cu_seqlens is None else windows[:, :-1].reshape(1, -1)
-    asked = {"cu_seqlens": cu_seqlens, "head_mass": head_mass}
-    logits = model(inputs, **{name: value for name, value in asked.items() if value is not None})
+    logits = model(inputs, cu_seqlens=cu_seqlens, head_mass=head_mass)
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction=reduction)
 
 
