@@ -10,8 +10,8 @@ TORCH ?= torch==2.13.0
 
 help:
 	@echo "make quickstart   set up .venv and run configs/quickstart.yaml"
-	@echo "make deconstruct  configs/deconstruct_quick.yaml: 15 mechanisms and hybrids, less than half an hour"
-	@echo "make deconstruct-seeds   the close ones of them with three seeds, another 50 minutes"
+	@echo "make deconstruct  configs/deconstruct_quick.yaml: 15 mechanisms and hybrids"
+	@echo "make deconstruct-seeds   the close ones of them with three seeds"
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make test-long    the wide searches and full matrices as well"
 	@echo "make lint         ruff, mypy (strict), import directions"
