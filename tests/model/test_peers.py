@@ -18,6 +18,7 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import PEERS, ModelConfig, parameter_count
 from model.peers import CLASSES, PeerError, PeerModel, build_model, check_peer, matched_settings
 from model.transformer import Transformer, count_parameters
+from tests.peers_package import import_peers_package
 
 PROJECT = Path(__file__).parents[2]
 SIZES = {  # of attention_variants: hidden, intermediate, layers, heads
@@ -30,7 +31,7 @@ SIZES = {  # of attention_variants: hidden, intermediate, layers, heads
 @pytest.fixture(autouse=True)
 def _package(request: pytest.FixtureRequest) -> None:
     if "without_package" not in request.node.name:
-        pytest.importorskip("fla", reason="the extra `peers` is not installed")
+        import_peers_package()
 
 
 def small(mixer: str, **fields: object) -> ModelConfig:

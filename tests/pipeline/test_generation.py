@@ -22,6 +22,7 @@ from pipeline.cli import app
 from pipeline.generation import GrowingText
 from stages.contract import Refusal
 from tests.model.tiny_model import tiny, with_side_text
+from tests.peers_package import import_peers_package
 from tests.pipeline.tiny import FinishedRun, lazypipe
 
 TEXT = "the wind and the whale, naïve café — 鯨 and 🐳; the end of the tale. " * 3
@@ -179,7 +180,7 @@ def test_bad_input_is_refused_by_name(checkpoints: Path, tmp_path: Path, argumen
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_peer_is_refused_without_cuda(tmp_path: Path) -> None:
-    pytest.importorskip("fla", reason="the extra `peers` is not installed")
+    import_peers_package()
     BYTES.save(str(tmp_path / "tokenizer.json"))
     model = build_model(tiny("gla"), BYTES.get_vocab_size())
     save_checkpoint(tmp_path / "gla", model, eos_id=0, tokenizer_json=tmp_path / "tokenizer.json")

@@ -15,6 +15,7 @@ from stages import evaluate, pretrain, sparsity
 from stages.before_training import kernel_used
 from stages.configs import EvaluateConfig, PretrainConfig, SparsityConfig
 from stages.contract import Artifact, Refusal
+from tests.peers_package import import_peers_package
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -28,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture(scope="module")
 def trained(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """As if trained on a GPU."""
-    pytest.importorskip("fla", reason="the extra `peers` is not installed")
+    import_peers_package()
     directory, config = tmp_path_factory.mktemp("gla"), tiny_run("gla")
     model = build_model(config.model, corpus.facts["vocab_size"])
     tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
