@@ -9,6 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pytest worker per core
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# A shell that starts the suite in the background leaves SIGINT ignored; every process the tests start would inherit that,
-# and those that interrupt one would wait for ever.
+# A shell that starts the suite in the background leaves SIGINT ignored; every process the tests start would inherit
+# that, and those that interrupt one would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
