@@ -19,8 +19,8 @@ from unittest.mock import patch
 from pipeline.execute import MapFunction, StageTask, execute_stage, map_in_processes
 from pipeline.experiment import Experiment, PretrainResources, StageResources
 from pipeline.plan import Node
-from stages.configs import EvaluateConfig
 from stages.contract import Refusal, first_line
+from stages.evaluate_config import EvaluateConfig
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from rich.text import Text
 from pipeline.execute import RECORDED_VERSIONS
 from pipeline.experiment import resolve_root
 from pipeline.tracking_uri import probe, tracking_uri
-from stages.configs import TokenizeConfig
 from stages.contract import Refusal
 from stages.corpus import check_source
+from stages.tokenize_config import TokenizeConfig
 
 Check = tuple[str, bool, str]
 

@@ -24,7 +24,8 @@ from pipeline.code_version import code_version
 from pipeline.fingerprint import operational_fields
 from pipeline.lease import held_by
 from pipeline.store import Entry, Generation, read_generation
-from stages.configs import STAGE_CONFIGS, StageConfig
+from stages.config_base import StageConfig
+from stages.configs import STAGE_CONFIGS
 from stages.contract import Artifact, Context, Outputs
 
 STAGE_MODULES = {

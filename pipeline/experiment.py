@@ -20,20 +20,13 @@ from pydantic import Field
 from model.config import PEERS, ModelConfig
 from pipeline.document import Document, apply_overrides, nearest, read_document
 from pipeline.validation import check, check_keys
-from stages.configs import (
-    EvaluateConfig,
-    FilesSource,
-    FileTokenizer,
-    HubSource,
-    HubTokenizer,
-    PretrainConfig,
-    ReportConfig,
-    SparsityConfig,
-    StageConfig,
-    TokenizeConfig,
-)
+from stages.config_base import StageConfig
+from stages.configs import ReportConfig, SparsityConfig
 from stages.contract import Refusal
+from stages.evaluate_config import EvaluateConfig
+from stages.pretrain_config import PretrainConfig
 from stages.source_files import looks_like_a_path
+from stages.tokenize_config import FilesSource, FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
 
 
 class Storage(StageConfig):

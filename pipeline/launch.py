@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.execute import MapFunction, StageTask
 from pipeline.experiment import PretrainResources
-from stages.configs import PretrainConfig, StageConfig
+from stages.config_base import StageConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
+from stages.pretrain_config import PretrainConfig
 
 RESULT = "result.json"
 

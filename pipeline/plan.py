@@ -21,7 +21,7 @@ from pipeline.document import nearest
 from pipeline.experiment import Experiment
 from pipeline.fingerprint import canonical, fingerprint, flatten, identity, operational_fields
 from pipeline.store import Entry, Generation, Store
-from stages.configs import StageConfig
+from stages.config_base import StageConfig
 from stages.contract import Refusal
 
 FORCED = "forced"  # marks the scratch of a forced execution

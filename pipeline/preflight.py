@@ -13,10 +13,13 @@ from model.config import parameter_count
 from pipeline.experiment import Experiment
 from pipeline.plan import Plan
 from pipeline.store import Generation
-from stages.configs import EvaluateConfig, PretrainConfig, SparsityConfig, TokenizeConfig
+from stages.configs import SparsityConfig
 from stages.contract import Refusal
 from stages.corpus import SourceSummary, check_source, pin, source_identity
+from stages.evaluate_config import EvaluateConfig
+from stages.pretrain_config import PretrainConfig
 from stages.task_definitions import pin_tasks, tasks_identity
+from stages.tokenize_config import TokenizeConfig
 
 RESERVE_BYTES = 32 * 2**20  # MLflow's database, tables, figures
 BYTES_PER_TOKEN_GUESS = 2  # of text; a byte-level BPE gives 3-4, so this is on the safe side

@@ -10,18 +10,15 @@ from pydantic import BaseModel
 
 from model.config import ModelConfig
 from pipeline.experiment import PretrainResources, StageResources, Storage
-from stages.configs import (
+from stages.configs import ReportConfig, SparsityConfig
+from stages.evaluate_config import EvaluateConfig, ExtrapolationConfig, ProbesConfig
+from stages.pretrain_config import PretrainConfig
+from stages.tokenize_config import (
     EmbeddedSource,
-    EvaluateConfig,
-    ExtrapolationConfig,
     FilesSource,
     FileTokenizer,
     HubSource,
     HubTokenizer,
-    PretrainConfig,
-    ProbesConfig,
-    ReportConfig,
-    SparsityConfig,
     TokenizeConfig,
     TrainTokenizer,
 )

@@ -19,7 +19,7 @@ from model.costs import non_embedding_parameters, training_flops_per_token, trai
 from model.sizes import SIZES, size_row
 from pipeline.experiment import Experiment
 from pipeline.store import Generation
-from stages.configs import FileTokenizer, TokenizeConfig, TrainTokenizer
+from stages.tokenize_config import FileTokenizer, TokenizeConfig, TrainTokenizer
 
 
 class Vocabulary(NamedTuple):

@@ -24,8 +24,8 @@ from pipeline.preflight import check_lengths
 from pipeline.progress import Display
 from pipeline.store import MANIFEST, Generation, Store, read_generation
 from pipeline.tracking import ChildRun, Tracker
-from stages.configs import EvaluateConfig
 from stages.contract import Interrupted, Refusal, first_line
+from stages.evaluate_config import EvaluateConfig
 
 POLL_S = 0.25
 PUMP_S = 1.0

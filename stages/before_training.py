@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from model.config import PEER_PACKAGE, PEERS
-from stages.configs import PretrainConfig
+from stages.pretrain_config import PretrainConfig
 
 
 def warn_of_settings(config: PretrainConfig) -> None:

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from model.checkpoint import Checkpoint, load_checkpoint
-from stages.configs import EvaluateConfig
 from stages.contract import Context, Interrupted, Outputs, write_atomically
+from stages.evaluate_config import EvaluateConfig
 from stages.suites import expand
 from stages.task_definitions import files_of, load_task
 

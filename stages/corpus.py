@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.configs import FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
 from stages.contract import Refusal
 from stages.source_files import (
     FileFacts,
@@ -27,6 +26,7 @@ from stages.source_files import (
     open_text_bytes,
     source_files,
 )
+from stages.tokenize_config import FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
 
 # Rows of each jsonl file that are parsed while planning; the rest is checked when it is read.
 _ROWS_CHECKED = 16

@@ -14,8 +14,8 @@ from model.checkpoint import Checkpoint
 from model.generate import generate
 from stages import benchmarks, length_extrapolation, perplexity, probes
 from stages.batches import count_windows
-from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Context, Outputs, Refusal
+from stages.evaluate_config import EvaluateConfig
 from stages.peers import load_model, refuse_peer
 from stages.probe_sequences import refuse_small_vocabulary, usable_tokens
 from stages.shards import TokenShards

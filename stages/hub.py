@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.configs import HubSource
 from stages.contract import Context, Interrupted, Refusal
 from stages.rows import missing_column
 from stages.source_files import SourceFile
+from stages.tokenize_config import HubSource
 
 # Rows of one copied file when the dataset is already on disk, and therefore the grain of parallel copying.
 _ROWS_PER_FILE = 65_536

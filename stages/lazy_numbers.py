@@ -7,7 +7,7 @@ import torch
 from model.mixers.lazy import LazyAttention
 from model.transformer import Transformer
 from stages.batches import document_borders, read_window
-from stages.configs import PretrainConfig
+from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 
 # Sparsity is measured on this many validation windows at validations and at every tenth logged step: 55 ms, 0.7 % of

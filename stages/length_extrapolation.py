@@ -23,8 +23,8 @@ import torch
 
 from model.scoring import LanguageModel, token_losses
 from stages import pictures_evaluation
-from stages.configs import ExtrapolationConfig
 from stages.contract import Context, Interrupted
+from stages.evaluate_config import ExtrapolationConfig
 from stages.shards import TokenShards
 
 Row = dict[str, Any]

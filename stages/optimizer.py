@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stages.configs import PretrainConfig
+from stages.pretrain_config import PretrainConfig
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:

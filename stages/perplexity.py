@@ -21,8 +21,8 @@ import torch
 from model.loss import next_token_loss
 from model.transformer import Transformer
 from stages.batches import document_borders, read_window, validation_windows
-from stages.configs import EvaluateConfig
 from stages.contract import Context, Interrupted
+from stages.evaluate_config import EvaluateConfig
 from stages.shards import TokenShards
 from stages.skip import ablated
 

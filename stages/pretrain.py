@@ -23,23 +23,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from model.checkpoint import save_checkpoint
-from model.loss import head_balance, next_token_loss
 from model.peers import build_model
 from model.transformer import Transformer, count_parameters
-from stages.batches import document_borders, read_window, training_batch, validation_windows
+from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
-from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
 from stages.peers import refuse_peer
+from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
 from stages.shards import TokenShards
-
-MAX_NONFINITE_IN_A_ROW = 10
+from stages.skipped_steps import count_nonfinite
+from stages.training_numbers import step_numbers
+from stages.window_losses import mean_loss
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
@@ -98,15 +98,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             with autocast:
                 validation_loss = mean_loss(model, config, validation, held_out, context, eos_id)
         if validate or state.step % config.log_every == 0:
-            numbers = {
-                "loss": loss_value,
-                "lr": lr,
-                "grad_norm": norm_value,
-                "tokens_per_s": config.tokens_per_step / seconds,
-                "validation_loss": validation_loss,
-            }
-            if config.sink_balance and config.model.mixer == "sink":
-                numbers["sink_balance_loss"] = config.sink_balance * balance
+            numbers = step_numbers(config, loss_value, balance, lr, norm_value, seconds, validation_loss)
             with autocast:
                 by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step, eos_id)
             measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
@@ -197,100 +189,3 @@ def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
             f"{shards.num_tokens}; lower model.max_seq_len or add text"
         )
     return shards.read(0, count)
-
-
-def accumulate_gradients(
-    model: Transformer, config: PretrainConfig, shards: TokenShards, step: int, context: Context, eos_id: int | None
-) -> Tensor:
-    """Add this worker's share of the step's gradients to the parameters; returns its share of the mean losses, [2].
-
-    The losses are the cross-entropy, and the head balance of `sink` before its weight (0 where config has none).
-
-    eos_id: with it attention stays within documents, and the windows of a micro-batch are one packed row.
-    """
-    micro_batches, size = config.micro_batches_per_step, config.micro_batch_size
-    total = torch.zeros(2, device=model.embedding.weight.device)
-    balanced = config.sink_balance > 0 and config.model.mixer == "sink"
-    for micro_batch in range(context.rank, micro_batches, context.world_size):
-        first_sample = (step * micro_batches + micro_batch) * size
-        windows = training_batch(shards, config.seq_len, config.seed, first_sample, size)
-        head_mass: list[Tensor] | None = [] if balanced else None
-        loss = window_losses(model, windows, eos_id, head_mass=head_mass) / micro_batches
-        total[0] += loss.detach()
-        if head_mass is not None:
-            balance = head_balance(head_mass) / micro_batches
-            total[1] += balance.detach()
-            loss = loss + config.sink_balance * balance
-        loss.backward()  # type: ignore[no-untyped-call]
-    return total
-
-
-def window_losses(
-    model: Transformer,
-    windows: npt.NDArray[np.int64],
-    eos_id: int | None,
-    reduction: str = "mean",
-    head_mass: list[Tensor] | None = None,
-) -> Tensor:
-    """`next_token_loss` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
-    device = model.embedding.weight.device
-    borders = None if eos_id is None else torch.from_numpy(document_borders(windows, eos_id))
-    return next_token_loss(model, torch.from_numpy(windows).to(device), reduction, borders, head_mass)
-
-
-def sum_over_workers(parameters: list[torch.nn.Parameter], losses: Tensor, context: Context) -> bool:
-    """Sum gradients and losses [n] over all workers, in place. True when any worker was asked to stop.
-
-    One collective for everything: a worker without a micro-batch contributes zeros, and all learn of a stop at the
-    same step.
-    """
-    if context.world_size == 1:
-        return context.stop_requested
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    stop = torch.tensor([float(context.stop_requested)], device=losses.device)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), losses, stop])
-    dist.all_reduce(flat)
-    sizes = [*(gradient.numel() for gradient in gradients), losses.numel(), 1]
-    *sums, loss_sums, stop_sum = torch.split(flat, sizes)
-    for parameter, gradient in zip(parameters, sums, strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    losses.copy_(loss_sums)
-    return bool(stop_sum > 0)
-
-
-def count_nonfinite(state: RunState, finite: bool, loss: float, norm: float, lr: float) -> None:
-    """Keep account of skipped steps; RuntimeError after too many in a row."""
-    if finite:
-        state.loss, state.nonfinite_in_a_row = loss, 0
-        return
-    state.nonfinite_steps += 1
-    state.nonfinite_in_a_row += 1
-    warnings.warn(f"step {state.step} skipped: loss {loss:g}, gradient norm {norm:g}", stacklevel=2)
-    if state.nonfinite_in_a_row == MAX_NONFINITE_IN_A_ROW:
-        raise RuntimeError(
-            f"loss or gradient norm was not finite in {MAX_NONFINITE_IN_A_ROW} steps in a row, the last one step "
-            f"{state.step} (loss {loss}, gradient norm {norm}, learning rate {lr:g}); lower lr or lengthen warmup_steps"
-        )
-
-
-@torch.no_grad()
-def mean_loss(
-    model: Transformer,
-    config: PretrainConfig,
-    shards: TokenShards,
-    windows: npt.NDArray[np.int64],
-    context: Context,
-    eos_id: int | None,
-) -> float:
-    """Mean next-token loss in nats over the given windows of seq_len tokens, batches shared out over the workers.
-
-    Attention is masked as in training.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=model.embedding.weight.device)
-    size = config.micro_batch_size
-    for start in range(context.rank * size, len(windows), context.world_size * size):
-        batch = np.stack([read_window(shards, config.seq_len, w) for w in windows[start : start + size]])
-        total += window_losses(model, batch, eos_id, reduction="sum")
-    if context.world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / (len(windows) * config.seq_len)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stages.configs import PROBES, ProbesConfig
 from stages.contract import Refusal
+from stages.evaluate_config import PROBES, ProbesConfig
 from stages.shards import TokenShards
 
 Ids = npt.NDArray[np.int64]

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from model.scoring import LanguageModel, score_rows
 from stages import pictures_evaluation
-from stages.configs import ProbesConfig
 from stages.contract import Context, Interrupted
+from stages.evaluate_config import ProbesConfig
 from stages.probe_sequences import Ids, Probe, make_probe
 from stages.shards import TokenShards
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from model.checkpoint import CheckpointError, check_weights
 from model.transformer import Transformer
-from stages.configs import PretrainConfig
 from stages.contract import Artifact, Refusal
 from stages.optimizer import optimizer_tensors, restore_optimizer
+from stages.pretrain_config import PretrainConfig
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

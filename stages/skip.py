@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from stages.configs import Ablation
 from stages.contract import Refusal
+from stages.evaluate_config import Ablation
 
 
 class NoMixer(nn.Module):

@@ -21,8 +21,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from stages.configs import EmbeddedSource, FilesSource
 from stages.contract import Refusal, write_atomically
+from stages.tokenize_config import EmbeddedSource, FilesSource
 
 Format = Literal["text", "jsonl", "parquet"]
 

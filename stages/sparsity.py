@@ -25,9 +25,10 @@ from model.transformer import Transformer
 from stages import pictures
 from stages.attention_metrics import METRICS, average_windows, measure_windows
 from stages.batches import read_window, validation_windows
-from stages.configs import PretrainConfig, SparsityConfig
+from stages.configs import SparsityConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.peers import load_model
+from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 
 HEAT_MAP_TOKENS = 256  # a picture of more tokens than pixels would have to merge weights, zeros among them

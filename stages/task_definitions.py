@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.configs import EvaluateConfig
 from stages.contract import Refusal, first_line
+from stages.evaluate_config import EvaluateConfig
 from stages.suites import SUITES, expand
 from stages.task_files import check_file, read_rows
 

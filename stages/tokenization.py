@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stages.configs import HubSource, TokenizeConfig, TrainTokenizer
 from stages.contract import Artifact, Context, Interrupted, Outputs
 from stages.corpus import check_source, corpus_fingerprint, source_identity
 from stages.documents import PIECE_BYTES, Layout, Part, plan_units
@@ -49,6 +48,7 @@ from stages.token_statistics import (
     warn_of_invalid_utf8,
     warn_of_large_validation,
 )
+from stages.tokenize_config import HubSource, TokenizeConfig, TrainTokenizer
 from stages.tokenizer import (
     TRAINED_EOS,
     check_vocabulary,

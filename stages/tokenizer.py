@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import stages.sentencepiece_model as sentencepiece_model
-from stages.configs import FileTokenizer, HubTokenizer, TrainTokenizer
 from stages.contract import Refusal, file_sha256
 from stages.documents import cut_into_pieces
+from stages.tokenize_config import FileTokenizer, HubTokenizer, TrainTokenizer
 
 TRAINED_EOS = "<|endoftext|>"
 USUAL_EOS = (TRAINED_EOS, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[EOS]")

@@ -11,7 +11,7 @@ import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 from model.config import ModelConfig
-from stages.configs import PretrainConfig
+from stages.pretrain_config import PretrainConfig
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "kernels", "model")

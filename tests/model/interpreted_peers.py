@@ -19,8 +19,9 @@ from model.config import ModelConfig
 from model.loss import next_token_loss
 from model.peers import build_model
 from stages import evaluate, pretrain, sparsity
-from stages.configs import EvaluateConfig, SparsityConfig
+from stages.configs import SparsityConfig
 from stages.contract import Artifact, Interrupted
+from stages.evaluate_config import EvaluateConfig
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 
 

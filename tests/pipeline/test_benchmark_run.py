@@ -17,8 +17,8 @@ from pipeline.experiment import compose, load_experiment, task_files
 from pipeline.plan import build_nodes
 from pipeline.preflight import inspect_sources
 from stages.benchmarks import run_tasks
-from stages.configs import EvaluateConfig
 from stages.contract import Context, Refusal
+from stages.evaluate_config import EvaluateConfig
 from tests.pipeline.tiny import FinishedRun, current_manifest, lazypipe, mlflow_runs
 from tests.stages.benchmark_files import write_files
 

@@ -26,8 +26,10 @@ from pipeline.experiment import (
     resolve_root,
     source_files,
 )
-from stages.configs import STAGE_CONFIGS, EvaluateConfig, FilesSource, TokenizeConfig
+from stages.configs import STAGE_CONFIGS
 from stages.contract import Refusal
+from stages.evaluate_config import EvaluateConfig
+from stages.tokenize_config import FilesSource, TokenizeConfig
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL: dict[str, Any] = {

@@ -11,8 +11,8 @@ from pipeline.fingerprint import identity
 from pipeline.plan import Selection, decide
 from pipeline.preflight import check_lengths
 from pipeline.store import Store
-from stages.configs import EvaluateConfig
 from stages.contract import Refusal
+from stages.evaluate_config import EvaluateConfig
 from tests.pipeline.filled_store import SMALL, commit, nodes_of
 
 

@@ -14,8 +14,8 @@ from model.sizes import SIZES
 from pipeline.cli import app
 from pipeline.experiment import compose
 from pipeline.show_costs import Vocabulary, cost_rows, vocabulary
-from stages.configs import HubTokenizer, TokenizeConfig
 from stages.contract import Refusal
+from stages.tokenize_config import HubTokenizer, TokenizeConfig
 from tests.pipeline.tiny import write_experiment
 from tests.test_imports import loaded_by
 

@@ -19,8 +19,8 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from stages import benchmarks
 from stages.benchmarks import divide, evaluate_task, run_tasks
-from stages.configs import EvaluateConfig
 from stages.contract import Interrupted
+from stages.evaluate_config import EvaluateConfig
 from stages.harness_bench import train_tokenizer
 from stages.suites import SUITES, expand
 from tests.stages.benchmark_files import DOCUMENTS, documents, write_files

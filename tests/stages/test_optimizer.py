@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from stages.configs import PretrainConfig
 from stages.optimizer import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, split_parameters
+from stages.pretrain_config import PretrainConfig
 
 LAZY = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, mixer="lazy", max_bias_length=4, tie_embeddings=False)
 

@@ -13,8 +13,10 @@ from model.config import PEERS
 from model.peers import build_model
 from stages import evaluate, pretrain, sparsity
 from stages.before_training import kernel_used
-from stages.configs import EvaluateConfig, PretrainConfig, SparsityConfig
+from stages.configs import SparsityConfig
 from stages.contract import Artifact, Refusal
+from stages.evaluate_config import EvaluateConfig
+from stages.pretrain_config import PretrainConfig
 from tests.peers_package import import_peers_package
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 

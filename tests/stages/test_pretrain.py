@@ -16,11 +16,11 @@ from model.checkpoint import load_checkpoint
 from model.config import ModelConfig
 from model.loss import next_token_loss
 from model.transformer import Transformer
-from stages import pretrain
+from stages import pretrain, window_losses
 from stages.batches import training_batch, validation_windows
-from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.optimizer import build_optimizer
+from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, read_resume_checkpoint, run_identity, write_resume_checkpoint
 from stages.shards import TokenShards
 from tests.stages.toy_training import context_in, metric_lines, start_process, tiny_run, toy_corpus
@@ -267,7 +267,7 @@ def test_divergence_stops_with_the_reason(corpus: Artifact, tmp_path: Path, monk
     def nothing(model: Transformer, *_: Any) -> torch.Tensor:
         return model.final_norm.weight.sum() * math.nan
 
-    monkeypatch.setattr(pretrain, "next_token_loss", nothing)
+    monkeypatch.setattr(window_losses, "next_token_loss", nothing)
     with (
         pytest.warns(UserWarning, match="step 10 skipped"),
         pytest.raises(RuntimeError, match=r"not finite in 10 steps in a row.*step 10.*lower lr"),

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from model.transformer import Transformer
 from stages import probes
-from stages.configs import PROBES, ProbesConfig
 from stages.contract import Interrupted, Refusal
+from stages.evaluate_config import PROBES, ProbesConfig
 from stages.probe_sequences import Ids, Probe, make_probe, refuse_small_vocabulary, usable_tokens
 from stages.shards import TokenShards
 from tests.model.tiny_model import tiny

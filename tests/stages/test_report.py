@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import evaluate, pictures, pretrain, report, report_page, sparsity
-from stages.configs import EvaluateConfig, PretrainConfig, ReportConfig, SparsityConfig, TokenizeConfig
+from stages.configs import ReportConfig, SparsityConfig
 from stages.contract import Artifact, Context, Outputs
+from stages.evaluate_config import EvaluateConfig
+from stages.pretrain_config import PretrainConfig
 from stages.report_findings import findings
 from stages.report_table import terminal_rows
+from stages.tokenize_config import TokenizeConfig
 from tests.stages.tiny_experiment import context_in
 from tests.stages.toy_training import tiny_run, toy_corpus
 

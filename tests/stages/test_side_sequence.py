@@ -7,8 +7,10 @@ import pytest
 
 from model.checkpoint import load_checkpoint
 from stages import evaluate, pretrain, sparsity
-from stages.configs import EvaluateConfig, PretrainConfig, SparsityConfig
+from stages.configs import SparsityConfig
 from stages.contract import Artifact, Refusal
+from stages.evaluate_config import EvaluateConfig
+from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from model.checkpoint import load_checkpoint
 from model.loss import head_balance, next_token_loss
 from model.transformer import Transformer
-from stages import pretrain
+from stages import gradients, pretrain
 from stages.batches import training_batch
-from stages.configs import PretrainConfig
 from stages.contract import Artifact
+from stages.gradients import accumulate_gradients
+from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 from tests.model.tiny_model import awake, some_tokens, tiny
 from tests.stages.test_mechanisms import one_thread  # noqa: F401  (a fixture used by its name)
@@ -101,7 +102,7 @@ def test_training_adds_it_and_logs_it_apart(corpus: Artifact, tmp_path: Path) ->
     config = tiny_run("sink", steps=16, validate_every=16, sink_balance=3.0)
     shards = TokenShards(corpus.path / "train")
     model, other = (Transformer(config.model, corpus.facts["vocab_size"]) for _ in range(2))
-    losses = pretrain.accumulate_gradients(model, config, shards, 0, context_in(tmp_path), None)
+    losses = accumulate_gradients(model, config, shards, 0, context_in(tmp_path), None)
     expected = [0.0, 0.0]
     for first in (0, 4):
         windows = torch.from_numpy(training_batch(shards, 32, config.seed, first, 4))
@@ -140,7 +141,7 @@ def test_without_it_nothing_is_asked_for(corpus: Artifact, tmp_path: Path, monke
     def never(*_: object) -> Tensor:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(pretrain, "head_balance", never)
+    monkeypatch.setattr(gradients, "head_balance", never)
     pretrain.run(tiny_run("sink", steps=1, warmup_steps=0), {"tokenize": corpus}, context_in(tmp_path / "sink"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -15,8 +15,8 @@ from model.mixers import SideInputs
 from model.rope import rope_tables
 from model.transformer import Transformer
 from stages import evaluate, pretrain
-from stages.configs import EvaluateConfig
 from stages.contract import Artifact, Refusal
+from stages.evaluate_config import EvaluateConfig
 from stages.skip import ablated
 from tests.stages.toy_training import context_in, tiny_run, toy_corpus
 

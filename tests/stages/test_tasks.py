@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from stages import hub
-from stages.configs import EvaluateConfig
 from stages.contract import Refusal, file_sha256
+from stages.evaluate_config import EvaluateConfig
 from stages.suites import SUITES, expand
 from stages.task_definitions import (
     FILES,

@@ -16,10 +16,10 @@ import pytest
 from tokenizers import Tokenizer
 
 import stages.documents as documents
-from stages.configs import TokenizeConfig
 from stages.contract import Context, Interrupted, Outputs, Refusal, map_serially
 from stages.shards import TokenShards
 from stages.tokenization import run
+from stages.tokenize_config import TokenizeConfig
 
 WORDS = ["the", "winter", "of", "our", "discontent", "made", "glorious", "summer", "by", "this", "sun", "of", "York"]
 

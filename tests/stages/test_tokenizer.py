@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from stages.configs import FileTokenizer, HubTokenizer
 from stages.contract import Refusal
+from stages.tokenize_config import FileTokenizer, HubTokenizer
 from stages.tokenizer import (
     check_tokenizer,
     find_eos,

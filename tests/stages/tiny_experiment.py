@@ -9,8 +9,8 @@ import torch
 from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer, count_parameters
-from stages.configs import PretrainConfig
 from stages.contract import Artifact, Context
+from stages.pretrain_config import PretrainConfig
 from stages.shards import ShardWriter, write_documents
 
 VOCAB_SIZE = 97

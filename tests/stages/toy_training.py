@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from stages import pretrain, tokenization
-from stages.configs import PretrainConfig, TokenizeConfig
 from stages.contract import Artifact, Context
+from stages.pretrain_config import PretrainConfig
+from stages.tokenize_config import TokenizeConfig
 
 NOUNS, VERBS = ("king", "queen", "fool", "sword", "crown", "night"), ("loves", "fears", "finds", "speaks of")
 

@@ -1,0 +1,25 @@
+"""What every stage's Config is made of. Imports no torch, so that planning an experiment stays instant.
+
+A field made with `operational(...)` says how a stage runs and not what it computes (intervals, backends, file
+locations): it is recorded in the manifest and left out of the recipe's fingerprint.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def operational(default: Any = ..., **keywords: Any) -> Any:
+    """A pydantic Field that is not part of the stage's identity."""
+    return Field(default, json_schema_extra={"identity": False}, **keywords)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+
+
+class StageConfig(BaseModel):
+    """Base of all configs: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,0 +1,28 @@
+"""What training logs of a step."""
+
+from stages.pretrain_config import PretrainConfig
+
+
+def step_numbers(
+    config: PretrainConfig,
+    loss: float,
+    balance: float,
+    lr: float,
+    grad_norm: float,
+    seconds: float,
+    validation_loss: float | None,
+) -> dict[str, float | None]:
+    """The columns of tables/history, by name; null where not measured. Losses in nats, seconds of the step.
+
+    balance: the head balance of `sink`, before its weight.
+    """
+    numbers: dict[str, float | None] = {
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_s": config.tokens_per_step / seconds,
+        "validation_loss": validation_loss,
+    }
+    if config.sink_balance and config.model.mixer == "sink":
+        numbers["sink_balance_loss"] = config.sink_balance * balance
+    return numbers

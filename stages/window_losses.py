@@ -1,0 +1,50 @@
+"""The next-token loss of training and validation windows, attention across document borders or confined by them."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.loss import next_token_loss
+from model.transformer import Transformer
+from stages.batches import document_borders, read_window
+from stages.contract import Context
+from stages.pretrain_config import PretrainConfig
+from stages.shards import TokenShards
+
+
+def window_losses(
+    model: Transformer,
+    windows: npt.NDArray[np.int64],
+    eos_id: int | None,
+    reduction: str = "mean",
+    head_mass: list[Tensor] | None = None,
+) -> Tensor:
+    """`next_token_loss` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
+    device = model.embedding.weight.device
+    borders = None if eos_id is None else torch.from_numpy(document_borders(windows, eos_id))
+    return next_token_loss(model, torch.from_numpy(windows).to(device), reduction, borders, head_mass)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Transformer,
+    config: PretrainConfig,
+    shards: TokenShards,
+    windows: npt.NDArray[np.int64],
+    context: Context,
+    eos_id: int | None,
+) -> float:
+    """Mean next-token loss in nats over the given windows of seq_len tokens, batches shared out over the workers.
+
+    Attention is masked as in training.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=model.embedding.weight.device)
+    size = config.micro_batch_size
+    for start in range(context.rank * size, len(windows), context.world_size * size):
+        batch = np.stack([read_window(shards, config.seq_len, w) for w in windows[start : start + size]])
+        total += window_losses(model, batch, eos_id, reduction="sum")
+    if context.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / (len(windows) * config.seq_len)
