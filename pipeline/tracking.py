@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.tracking_uri import first_touch
 
 EXPERIMENT_FILE = "experiment.yaml"
 METRICS = "metrics.jsonl"
+LAST_WORDS_S = 10.0  # `lazypipe submit` lets a stopped job live for 30 s, 15 of which its stages may take
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Tracker:
         self._root = root
         self._me = me
         self._troubled = False
+        self._unsaid: list[Callable[[], object]] = []
         self._pipeline = ""
         with first_touch(uri, root):  # the client itself creates or migrates the schema
             mlflow.set_tracking_uri(uri)
@@ -180,7 +183,11 @@ class Tracker:
                     self.client.log_artifact(self.parent_id, str(report.path / name), None if folder == "." else folder)
             self.client.set_terminated(self.parent_id, status=status)
 
-        self._safely(close)
+        self._end(close)
+        deadline = time.monotonic() + LAST_WORDS_S
+        while self._unsaid and time.monotonic() < deadline:
+            time.sleep(0.5)
+            self._unsaid = [words for words in self._unsaid if not self._safely(words)]
 
     # ---- a stage's run
 
@@ -311,7 +318,7 @@ class Tracker:
 
         if child.run_id:
             self.pump(child)
-            self._safely(close)
+            self._end(close)
             self._safely(lambda: log_model(self.client, self.experiment_id, child.run_id, node, generation))
 
     def log_corpus(self, run_id: str, corpus: Generation, context: str) -> None:
@@ -333,18 +340,24 @@ class Tracker:
             self._safely(lambda: self.client.log_inputs(run_id, datasets=inputs))
 
     def fail_child(self, child: ChildRun, status: str, error: str) -> None:
-        self.pump(child)
+        """Say how a stage ended before logging what it left: whoever stopped the driver may not wait for that."""
 
         def close() -> None:
+            self.client.set_terminated(child.run_id, status=status)
             if error:
                 self.client.set_tag(child.run_id, "lazypipe.error", error[:4000])
                 self.client.log_text(child.run_id, error, "error.txt")
-            self.client.set_terminated(child.run_id, status=status)
 
         if child.run_id:
-            self._safely(close)
+            self._end(close)
+        self.pump(child)
 
     # ---- what the methods above share
+
+    def _end(self, close: Callable[[], object]) -> None:
+        """Close a run; what the server does not take now is said again when the parent run ends."""
+        if not self._safely(close):
+            self._unsaid.append(close)
 
     def _safely(self, action: Callable[[], object]) -> bool:
         """Tracking is a by-product of hours of compute: an error is said once and retried with the next batch."""

@@ -255,8 +255,8 @@ class Walk:
         node = running.decision.node
         node_id = node.id
         self.outcomes[node_id].state = "killed"
-        self._discard_output(running)
         self.tracker.fail_child(running.child, "KILLED", "")
+        self._discard_output(running)
         resumes = node.stage == "pretrain" or (isinstance(node.config, EvaluateConfig) and bool(node.config.tasks))
         self.display.set(node_id, "killed", "resumes with the next run" if resumes else "")
 

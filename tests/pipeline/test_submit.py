@@ -65,6 +65,13 @@ class Cluster:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return {job["submission_id"]: job for job in json.load(answer) if job["submission_id"]}
 
+    def job_log(self, job_id: str) -> str:
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/jobs/{job_id}/logs", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return str(json.load(answer)["logs"])
+
 
 def free_ports(count: int) -> list[int]:
     listeners = [socket.socket() for _ in range(count)]
@@ -186,7 +193,15 @@ def test_the_drivers_own_refusal_comes_back_as_exit_code_2(cluster: Cluster) -> 
 
 def test_ctrl_c_leaves_the_job_and_a_stopped_job_is_killed_in_mlflow(cluster: Cluster) -> None:
     """The tokens are cached by the first job; training for 100000 steps is what is interrupted."""
-    arguments = [str(cluster.config), *SMALL, "pretrain.steps=100000", "--address", cluster.dashboard, "--follow"]
+    arguments = [
+        str(cluster.config),
+        *SMALL,
+        "pretrain.steps=100000",
+        "pretrain.log_every=50",
+        "--address",
+        cluster.dashboard,
+        "--follow",
+    ]
     environment = clean_environment(**cluster.environment())
     follower = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "submit", *arguments], env=environment, stdout=subprocess.PIPE, text=True
@@ -215,4 +230,8 @@ def test_ctrl_c_leaves_the_job_and_a_stopped_job_is_killed_in_mlflow(cluster: Cl
         return [(run.run_name, run.status) for run in runs]
 
     # The job may be reported stopped a moment before its driver's last word has reached MLflow.
-    wait_for(lambda: unfinished() == [("pretrain/lazy", "KILLED")], "the run to be marked killed", 40)
+    try:
+        wait_for(lambda: unfinished() == [("pretrain/lazy", "KILLED")], "the run to be marked killed", 40)
+    except AssertionError:
+        print(cluster.job_log(job_id))
+        assert unfinished() == [("pretrain/lazy", "KILLED")]

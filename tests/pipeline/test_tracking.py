@@ -133,6 +133,28 @@ def test_an_interrupted_parent_is_taken_up_and_a_living_one_is_not(tracked: tupl
     assert third.client.get_run(third.parent_id).info.status == "RUNNING"
 
 
+def test_the_end_of_a_stage_is_said_again_when_the_server_did_not_take_it(
+    tracked: tuple[Tracker, Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, plan, root = tracked
+    tracker = Tracker(first.uri, root, first.experiment, lease.myself("lazypipe run tiny.yaml"))
+    tracker.start(plan, "e" * 32, "again", None)
+    child = tracker.open_child(plan["evaluate/lazy"].node, tmp_path, tmp_path, [], None)
+    honest, refused = tracker.client.set_terminated, iter([True, True])
+
+    def busy(*arguments: Any, **keywords: Any) -> None:
+        if next(refused, False):
+            raise MlflowException("database is locked")
+        honest(*arguments, **keywords)
+
+    monkeypatch.setattr(tracker.client, "set_terminated", busy)
+    tracker.fail_child(child, "KILLED", "")
+    assert tracker.client.get_run(child.run_id).info.status == "RUNNING"
+    tracker.finish("KILLED", None)
+    assert tracker.client.get_run(child.run_id).info.status == "KILLED"
+    assert tracker.client.get_run(tracker.parent_id).info.status == "KILLED"
+
+
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "http://127.0.0.1:9", "http://no.such.host.invalid"])
 def test_tracking_that_cannot_work_is_refused(uri: str) -> None:
     with pytest.raises(Refusal, match=r"MLflow tracking URI"):
