@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -165,10 +167,9 @@ class RayBackend:
         import ray
 
         self._ray = ray
-        # ray.init takes SIGTERM for itself and ends the process at once: runs were left RUNNING by `ray job stop`.
         keep_sigterm = patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None)  # noqa: ARG005
         try:
-            with keep_sigterm:
+            with keep_sigterm, signal_handlers_kept():
                 ray.init(
                     address="local" if own else address,
                     include_dashboard=False if own else None,
@@ -242,6 +243,22 @@ class RayBackend:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+@contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Python's handlers of SIGINT and SIGTERM are the process's again at the end, whatever was installed meanwhile.
+
+    ray.init takes SIGTERM twice: from Python, and below it for a C++ handler that prints a stack and then calls the
+    handler before it or, now and then, ends the process at once. Runs were left RUNNING by `ray job stop`.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _declared_nodes(dag: Any) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:

@@ -199,3 +199,18 @@ def test_a_walk_leaves_no_thread_behind(tmp_path: Path) -> None:
     walked(Store(tmp_path), FakeBackend())
     after = {t.name for t in threading.enumerate() if t.name != "lease-heartbeat"}  # a daemon; it ends at its next beat
     assert after <= before
+
+
+def test_a_handler_installed_below_python_does_not_keep_the_signal() -> None:
+    """What ray.init does, made certain: sigaction goes past Python, whose own handler still counts itself installed."""
+    code = """
+import ctypes, os, signal
+from pipeline.backends import signal_handlers_kept
+signal.signal(signal.SIGTERM, lambda number, frame: print("asked to stop", flush=True))
+with signal_handlers_kept():
+    ctypes.CDLL(None).signal(signal.SIGTERM, 0)
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "asked to stop\ngoes on\n"), result
