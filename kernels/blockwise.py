@@ -19,6 +19,8 @@ from kernels.strips import (
     LOG2_E,
     Problem,
     Strip,
+    Task,
+    TaskViews,
     active_runs,
     band_columns,
     band_gradient,
@@ -26,10 +28,11 @@ from kernels.strips import (
     carve,
     prepare,
     scratch,
-    stacked_rows,
+    stacked_strips,
     strip_probs,
     strip_scores,
     strip_weights,
+    task_views,
     view5,
 )
 
@@ -61,54 +64,65 @@ def blockwise(
     # Looking for empty blocks takes a few calls a strip; two or three blocks cannot repay them.
     look = return_stats or (key_blocks > 3 and p.some_tau_negative)
 
-    def run_task(task: list[Strip]) -> None:
-        spaces = scratch(p, task, 2)
-        for s in task:
-            run_strip(s, spaces)
+    def run_task(task: Task) -> None:
+        t, spaces = task_views(p, task), scratch(p, task, 2)
+        part_mask = _by_head(mask, layout, task)
+        # Written at once where possible: [batches, heads, group, rows] of all strips.
+        out_parts = torch.split(_part(out, layout, task), BLOCK, 3)
+        totals, maxima = [], []
+        for index, s in enumerate(task.strips):
+            result, total, row_max = run_strip(task, t, index, s, spaces, part_mask)
+            out_parts[index].copy_(result.div_(total).view(out_parts[index].shape))
+            totals.append(total.view(*t.by_head, -1))
+            maxima.append(row_max.view(*t.by_head, -1))
+        _part(lse, layout, task).copy_(torch.cat(totals, -1).log2_().add_(torch.cat(maxima, -1)))
 
-    def run_strip(s: Strip, spaces: list[Tensor]) -> None:
-        scores = strip_scores(p, s, stacked_rows(s, p.q), spaces[0])
+    def run_strip(
+        task: Task, t: TaskViews, index: int, s: Strip, spaces: list[Tensor], part_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = strip_scores(p, t, index, s, spaces[0])
         peaks = block_peaks(scores) if look else scores.amax(-1, keepdim=True)
         row_max = peaks.amax(-1, keepdim=True) if look else peaks
         probs = scores.sub_(row_max).exp2_()  # times `total`, as are the weights: only the output is divided
         total = probs.sum(-1, keepdim=True)
-        thresholds = p.thresholds[s.heads, :, s.row0 : s.row1] * view5(p, s, total)
-        strip_mask = _blocks(mask, layout, s)
+        thresholds = t.thresholds[index] * total
+        block_row, blocks = s.row0 // BLOCK, slice(s.key0 // BLOCK, -(-s.key1 // BLOCK))
         if look:
             # exp2 may differ in its last bit between the peaks and the strip: 1e-6 more never drops an active pair.
-            highest = view5(p, s, peaks.sub(row_max).exp2_().mul_(1.0 + 1e-6))
-            strip_mask.copy_((highest + thresholds > 0).any(-2))
-            runs = active_runs(strip_mask, s)
+            highest = peaks.sub_(row_max).exp2_().mul_(1.0 + 1e-6).add_(thresholds)
+            active = (highest > 0).view(part_mask.shape[0], -1, peaks.shape[-1]).any(1)
+            part_mask[:, block_row, blocks] = active
+            runs = active_runs(active.tolist(), s)
         else:
-            strip_mask.fill_(True)
+            part_mask[:, block_row, blocks] = True
             runs = [(0, s.key1 - s.key0)]
         result = scores.new_zeros(*scores.shape[:2], q.shape[3])
-        mass, used = scores.new_zeros(2, *scores.shape[:2], 1)
-        for run in runs:
-            weights = strip_weights(p, s, probs, thresholds, run, spaces[1])
-            result.baddbmm_(weights, p.v[s.pair0 : s.pair1, s.key0 + run[0] : s.key0 + run[1]])
+        mass, used = (torch.zeros_like(total) for _ in range(2)) if return_stats else (total, total)
+        for start, stop in runs:
+            weights = strip_weights(p, t, s, probs, thresholds, (start, stop), spaces[1])
+            result.baddbmm_(weights, t.values[:, s.key0 + start : s.key0 + stop])
             if return_stats:
                 mass += weights.sum(-1, keepdim=True)
                 used += (weights > 0).sum(-1, keepdim=True)
-        _rows(out, layout, s).copy_(view5(p, s, result.div_(total)))
-        _rows(lse, layout, s).copy_(view5(p, s, total.log2() + row_max).squeeze(-1))
         if return_stats:
-            _rows(row_mass, layout, s).copy_(view5(p, s, mass / total).squeeze(-1))
-            _rows(row_sparsity, layout, s).copy_(1.0 - view5(p, s, used).squeeze(-1) / _visible_count(p, s))
+            rows = slice(s.row0, s.row1)
+            _part(row_mass, layout, task)[..., rows] = view5(t, s, mass / total).squeeze(-1)
+            share = view5(t, s, used).squeeze(-1) / _visible_count(p, s)
+            _part(row_sparsity, layout, task)[..., rows] = 1.0 - share
+        return result, total, row_max
 
     run_side_by_side([functools.partial(run_task, task) for task in p.tasks])
     return out, lse, row_mass, row_sparsity, mask
 
 
-def _blocks(mask: Tensor, layout: torch.Size, s: Strip) -> Tensor:
-    """The strip's part of a block mask [B, Hq, query blocks, key blocks]: [batches, heads, group, key blocks]."""
-    keys = slice(s.key0 // BLOCK, -(-s.key1 // BLOCK))
-    return torch.unflatten(mask, 1, layout)[s.batches, s.heads, :, s.row0 // BLOCK, keys]
+def _part(x: Tensor, layout: torch.Size, task: Task) -> Tensor:
+    """The task's share of x [B, Hq, Lq, ...], as [batches, heads, group, Lq, ...]."""
+    return torch.unflatten(x, 1, layout)[task.batches, task.heads]
 
 
-def _rows(x: Tensor, layout: torch.Size, s: Strip) -> Tensor:
-    """The strip's rows of x [B, Hq, Lq, ...], as [batches, heads, group, rows, ...]."""
-    return torch.unflatten(x, 1, layout)[s.batches, s.heads, :, s.row0 : s.row1]
+def _by_head(mask: Tensor, layout: torch.Size, task: Task) -> Tensor:
+    """The task's share of a mask [B, Hq, query blocks, key blocks], as [pairs * group, query blocks, key blocks]."""
+    return _part(mask, layout, task).view(-1, *mask.shape[2:])
 
 
 def _visible_count(p: Problem, s: Strip) -> Tensor:
@@ -160,60 +174,71 @@ def blockwise_backward(
 
     def run_task(index: int) -> None:
         task = p.tasks[index]
-        spaces = scratch(p, task, 3)
-        band_grad = torch.zeros(p.band[task[0].heads].shape if need_bias else (0,), dtype=dtype)
-        for s in task:
-            runs = active_runs(_blocks(block_mask, layout, s), s)
-            if runs:  # else every weight is zero, and so are dp, D and ds
-                run_strip(s, runs, spaces, band_grad)
+        t, spaces = task_views(p, task), scratch(p, task, 3)
+        rows_g = stacked_strips(grads[task.batches, task.heads])
+        dq_parts = torch.split(_part(dq, layout, task), BLOCK, 3) if need_q else ()
+        da_parts = torch.split(_part(da_sums, layout, task), BLOCK, 3) if need_tau else ()
+        band_grad = torch.zeros(t.band.shape if need_bias else (0,), dtype=dtype)
+        by_query_block = _by_head(block_mask, layout, task).transpose(0, 1).tolist()
+        for number, (s, active) in enumerate(zip(task.strips, by_query_block, strict=True)):
+            blocks = slice(s.key0 // BLOCK, -(-s.key1 // BLOCK))
+            runs = active_runs([flags[blocks] for flags in active], s)
+            if not runs:
+                continue  # every weight is zero, and so are dp, D and ds
+            ds, da_sum = score_gradients(task, t, number, s, runs, rows_g[number], spaces)
+            if need_tau:
+                da_parts[number].copy_(da_sum.view(da_parts[number].shape))
+            if need_q:
+                part = torch.bmm(ds, t.keys[:, s.key0 : s.key1]).mul_(scale)
+                dq_parts[number].copy_(part.view(dq_parts[number].shape))
+            if need_k:
+                dk[task.pair0 : task.pair1, :, s.key0 : s.key1].baddbmm_(t.rows_q[number].mT, ds)
+            if need_bias:
+                covered, columns = band_columns(p, s)
+                in_band = view5(t, s, ds)[..., -covered:]
+                in_band = in_band[0] if in_band.shape[0] == 1 else in_band.sum(0)
+                band_grad[..., : s.row1 - s.row0, columns].add_(in_band)
         if need_bias:
-            part = torch.unflatten(dbias_parts[index], 0, layout)[task[0].heads]
-            part.copy_(torch.unflatten(band_gradient(band_grad.flatten(0, 1), bias.shape[1]), 0, part.shape[:2]))
+            total = torch.unflatten(dbias_parts[index], 0, layout)[task.heads]
+            total.copy_(torch.unflatten(band_gradient(band_grad.flatten(0, 1), bias.shape[1]), 0, total.shape[:2]))
 
-    def run_strip(s: Strip, runs: list[tuple[int, int]], spaces: list[Tensor], band_grad: Tensor) -> None:
-        pairs, width = slice(s.pair0, s.pair1), s.key1 - s.key0
-        rows_q, rows_g = stacked_rows(s, p.q), stacked_rows(s, grads)
-        probs = strip_probs(p, s, rows_q, spaces[0])
-        thresholds = p.thresholds[s.heads, :, s.row0 : s.row1]
-        whole_dp = carve(spaces[1], probs.shape)
+    def score_gradients(
+        task: Task, t: TaskViews, number: int, s: Strip, runs: list[tuple[int, int]], rows_g: Tensor,
+        spaces: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(ds [pairs, group * rows, keys], sum_j da [pairs, group * rows, 1]) of a strip; adds its part of dv."""
+        pairs, whole = slice(task.pair0, task.pair1), [(0, s.key1 - s.key0)]
+        probs = strip_probs(p, t, number, s, spaces[0])
+        whole_dp = carve(spaces[1], (probs.shape[0], probs.shape[1], probs.shape[2]))
         delta, da_sum = probs.new_zeros(2, *probs.shape[:2], 1)
-        for run in runs:
-            keys = slice(s.key0 + run[0], s.key0 + run[1])
-            weights = strip_weights(p, s, probs, thresholds, run, spaces[2])
+        for start, stop in runs:
+            keys = slice(s.key0 + start, s.key0 + stop)
+            weights = strip_weights(p, t, s, probs, t.thresholds[number], (start, stop), spaces[2])
             if need_v:
                 dv[pairs, :, keys].baddbmm_(rows_g.mT, weights)
             if not (need_scores or need_tau):
                 continue
-            dp = whole_dp[..., run[0] : run[1]]
-            da = dp if dp.is_contiguous() else torch.empty_like(weights)
-            torch.bmm(rows_g, p.v[pairs, keys].mT, out=da)
+            dp = whole_dp[..., start:stop]
+            da = dp if runs == whole else torch.empty_like(weights)
+            torch.bmm(rows_g, t.values_t[:, :, keys], out=da)
             torch.ops.aten.threshold_backward.grad_input(da, weights, 0, grad_input=dp)
-            da_sum += dp.sum(-1, keepdim=True)
-            if need_scores and runs != [(0, width)]:
-                delta += dp.mul_(probs[..., run[0] : run[1]]).sum(-1, keepdim=True)
-        if need_tau:
-            _rows(da_sums, layout, s).copy_(view5(p, s, da_sum).squeeze(-1))
+            if need_tau:
+                da_sum += dp.sum(-1, keepdim=True)
+            if need_scores and runs != whole:
+                delta += dp.mul_(probs[..., start:stop]).sum(-1, keepdim=True)
         if not need_scores:
-            return
-        if runs == [(0, width)]:
-            ds = carve(spaces[2], probs.shape)
+            return probs, da_sum
+        if runs == whole:
+            ds = carve(spaces[2], (probs.shape[0], probs.shape[1], probs.shape[2]))
             torch.ops.aten._softmax_backward_data.out(whole_dp, probs, -1, dtype, grad_input=ds)
-        else:  # the same, without a pass over dp where it is zero
-            ds = probs.mul_(-delta)
-            for start, stop in runs:
-                ds[..., start:stop] += whole_dp[..., start:stop]
-        if need_q:
-            part = torch.bmm(ds, p.k[pairs, s.key0 : s.key1]).mul_(scale)
-            _rows(dq, layout, s).copy_(view5(p, s, part))
-        if need_k:
-            dk[pairs, :, s.key0 : s.key1].baddbmm_(rows_q.mT, ds)
-        if need_bias:
-            covered, columns = band_columns(p, s)
-            in_band = view5(p, s, ds)[..., -covered:]
-            band_grad[..., : s.row1 - s.row0, columns].add_(in_band[0] if in_band.shape[0] == 1 else in_band.sum(0))
+            return ds, da_sum
+        ds = probs.mul_(delta.neg_())  # the same, without a pass over dp where it is zero
+        for start, stop in runs:
+            ds[..., start:stop] += whole_dp[..., start:stop]
+        return ds, da_sum
 
     # The longest tasks first, so that no core is left alone with one at the end.
-    work = [sum(int(_blocks(block_mask, layout, s).sum()) for s in task) for task in p.tasks]
+    work = [int(_by_head(block_mask, layout, task).sum()) for task in p.tasks]
     order = sorted(range(len(work)), key=lambda index: -work[index])
     run_side_by_side([functools.partial(run_task, index) for index in order])
     dbias = dbias_parts.sum(0) if need_bias else dbias_parts

@@ -6,7 +6,6 @@ dK, dV need no reduction over the group. A pair below is one (batch, key head).
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,16 +21,22 @@ STRIP_ELEMENTS = 1 << 19
 
 
 class Strip(NamedTuple):
-    """Query rows [row0, row1) of pairs [pair0, pair1) = `batches` x `heads`, against keys [key0, key1)."""
+    """Query rows [row0, row1) against keys [key0, key1)."""
 
-    batches: slice
-    heads: slice
     row0: int
     row1: int
     key0: int
     key1: int
+
+
+class Task(NamedTuple):
+    """All strips of pairs [pair0, pair1) = `batches` x `heads`."""
+
+    batches: slice
+    heads: slice
     pair0: int
     pair1: int
+    strips: list[Strip]
 
 
 class Problem(NamedTuple):
@@ -49,7 +54,7 @@ class Problem(NamedTuple):
     position_offset: int
     some_tau_positive: bool
     some_tau_negative: bool
-    tasks: list[list[Strip]]  # strips of one task share their pairs, and no two tasks share any
+    tasks: list[Task]  # no two share a pair
 
     @property
     def shift(self) -> int:
@@ -92,16 +97,14 @@ def prepare(
     )
 
 
-def _cut(
-    batch: int, heads_kv: int, group: int, query_len: int, shift: int, first_key: Tensor | None
-) -> list[list[Strip]]:
+def _cut(batch: int, heads_kv: int, group: int, query_len: int, shift: int, first_key: Tensor | None) -> list[Task]:
     """Tasks of several whole batches, or of some key heads of one batch, cut into strips of BLOCK rows."""
-    rows = []
+    strips = []
     for row0 in range(0, query_len, BLOCK):
         row1 = min(row0 + BLOCK, query_len)
         key0 = 0 if first_key is None else int(first_key[row0]) // BLOCK * BLOCK
-        rows.append((row0, row1, key0, shift + row1))
-    widest = max((row1 - row0) * (key1 - key0) for row0, row1, key0, key1 in rows)
+        strips.append(Strip(row0, row1, key0, shift + row1))
+    widest = max((row1 - row0) * (key1 - key0) for row0, row1, key0, key1 in strips)
     pairs = min(STRIP_ELEMENTS // (group * widest), -(-batch * heads_kv // torch.get_num_threads()))
     batch_step, head_step = max(1, pairs // heads_kv), max(1, min(pairs, heads_kv))
     tasks = []
@@ -110,14 +113,56 @@ def _cut(
         for h in range(0, heads_kv, head_step):
             h_end = min(h + head_step, heads_kv)
             pair0, pair1 = b * heads_kv + h, (b_end - 1) * heads_kv + h_end
-            tasks.append([Strip(slice(b, b_end), slice(h, h_end), *row, pair0, pair1) for row in rows])
+            tasks.append(Task(slice(b, b_end), slice(h, h_end), pair0, pair1, strips))
     return tasks
 
 
-def scratch(p: Problem, task: list[Strip], count: int) -> list[Tensor]:
+class TaskViews(NamedTuple):
+    """A task's share of the inputs; lists are by strip, in the stacked layout [pairs, group * rows, n].
+
+    Every call into torch gives up the interpreter lock and then waits until the other lanes leave it free. Cutting all
+    strips in one call, instead of each in its turn, is half of what keeps lanes from waiting for one another.
+    """
+
+    rows_q: list[Tensor]
+    keys: Tensor  # [pairs, Lk, D]
+    keys_t: Tensor  # [pairs, D, Lk]
+    values: Tensor  # [pairs, Lk, D]
+    values_t: Tensor  # [pairs, D, Lk]
+    thresholds: list[Tensor]
+    lse: list[Tensor] | None
+    band: Tensor  # [heads, group, BLOCK, W + BLOCK - 1]
+    by_head: tuple[int, int, int]  # batches, heads, group
+
+
+def task_views(p: Problem, task: Task) -> TaskViews:
+    batches = task.batches.stop - task.batches.start
+    keys, values = p.k[task.pair0 : task.pair1], p.v[task.pair0 : task.pair1]
+    return TaskViews(
+        rows_q=stacked_strips(p.q[task.batches, task.heads]),
+        keys=keys,
+        keys_t=keys.mT,
+        values=values,
+        values_t=values.mT,
+        thresholds=stacked_strips(p.thresholds[task.heads].expand(batches, -1, -1, -1, -1)),
+        lse=None if p.lse is None else stacked_strips(p.lse[task.batches, task.heads]),
+        band=p.band[task.heads],
+        by_head=(batches, task.heads.stop - task.heads.start, p.q.shape[2]),
+    )
+
+
+def stacked_strips(x: Tensor) -> list[Tensor]:
+    """The strips of x [batches, heads, group, Lq, n], each as [pairs, group * rows, n]."""
+    x = x.flatten(0, 1)
+    if x.shape[1] == 1:
+        return list(torch.split(x.flatten(1, 2), BLOCK, 1))
+    return [part.flatten(1, 2) for part in torch.split(x, BLOCK, 2)]
+
+
+def scratch(p: Problem, task: Task, count: int) -> list[Tensor]:
     """`count` flat tensors, each as large as the task's largest strip of scores."""
-    group = p.q.shape[2]
-    size = max((s.pair1 - s.pair0) * group * (s.row1 - s.row0) * (s.key1 - s.key0) for s in task)
+    most = max((s.row1 - s.row0) * (s.key1 - s.key0) for s in task.strips)
+    size = (task.pair1 - task.pair0) * p.q.shape[2] * most
     return [torch.empty(size, dtype=p.q.dtype) for _ in range(count)]
 
 
@@ -146,31 +191,26 @@ def band_columns(p: Problem, s: Strip) -> tuple[int, slice]:
     return covered, slice(end - covered, end)
 
 
-def view5(p: Problem, s: Strip, x: Tensor) -> Tensor:
+def view5(t: TaskViews, s: Strip, x: Tensor) -> Tensor:
     """[pairs, group * rows, n] seen as [batches, heads, group, rows, n]."""
-    heads = s.heads.stop - s.heads.start
-    return x.view(-1, heads, p.q.shape[2], s.row1 - s.row0, x.shape[-1])
+    return x.view(*t.by_head, s.row1 - s.row0, x.shape[-1])
 
 
-def stacked_rows(s: Strip, x: Tensor) -> Tensor:
-    """The strip's rows of x [B, Hkv, group, Lq, D], as [pairs, group * rows, D]."""
-    return x[s.batches, s.heads, :, s.row0 : s.row1].flatten(2, 3).flatten(0, 1)
-
-
-def carve(space: Tensor, shape: Sequence[int]) -> Tensor:
+def carve(space: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """A contiguous tensor out of flat scratch space: fresh ones would cost their page faults."""
-    return space[: math.prod(shape)].view(*shape)
+    return space.as_strided(shape, (shape[1] * shape[2], shape[2], 1))
 
 
-def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
+def strip_scores(p: Problem, t: TaskViews, index: int, s: Strip, space: Tensor) -> Tensor:
     """Biased and masked scores [pairs, group * rows, keys] in log2 units, less lse where known, built in `space`."""
-    scores = carve(space, (*rows_q.shape[:2], s.key1 - s.key0))
-    torch.bmm(rows_q, p.k[s.pair0 : s.pair1, s.key0 : s.key1].mT, out=scores)
+    rows_q = t.rows_q[index]
+    scores = carve(space, (rows_q.shape[0], rows_q.shape[1], s.key1 - s.key0))
+    torch.bmm(rows_q, t.keys_t[:, :, s.key0 : s.key1], out=scores)
+    if t.lse is not None:  # as one more column of the product it cost a copy of k: 40 ms of 2100 at L = 8192
+        scores.sub_(t.lse[index])
     covered, columns = band_columns(p, s)
-    by_head = view5(p, s, scores)
-    if p.lse is not None:  # as one more column of the product it cost a copy of k: 40 ms of 2100 at L = 8192
-        by_head.sub_(p.lse[s.batches, s.heads, :, s.row0 : s.row1])
-    by_head[..., -covered:].add_(p.band[s.heads, :, : s.row1 - s.row0, columns])
+    by_head = view5(t, s, scores)
+    by_head[..., -covered:].add_(t.band[..., : s.row1 - s.row0, columns])
     if p.first_key is not None:
         last_start = int(p.first_key[s.row1 - 1])
         if last_start > s.key0:
@@ -179,31 +219,30 @@ def strip_scores(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
     return scores
 
 
-def strip_probs(p: Problem, s: Strip, rows_q: Tensor, space: Tensor) -> Tensor:
+def strip_probs(p: Problem, t: TaskViews, index: int, s: Strip, space: Tensor) -> Tensor:
     """p [pairs, group * rows, keys] of a strip whose lse is known, built in `space`."""
-    probs = strip_scores(p, s, rows_q, space).exp2_()
+    probs = strip_scores(p, t, index, s, space).exp2_()
     for row in p.single:
         if s.row0 <= row < s.row1:  # exactly 1: rounding would put it on either side of tau = -1
-            view5(p, s, probs)[..., row - s.row0, row + p.shift - s.key0] = 1.0
+            view5(t, s, probs)[..., row - s.row0, row + p.shift - s.key0] = 1.0
     return probs
 
 
 def strip_weights(
-    p: Problem, s: Strip, probs: Tensor, thresholds: Tensor, run: tuple[int, int], space: Tensor
+    p: Problem, t: TaskViews, s: Strip, probs: Tensor, thresholds: Tensor, run: tuple[int, int], space: Tensor
 ) -> Tensor:
     """a = max(p + tau / n, 0) (Elastic-Softmax) of the columns of one run, [pairs, group * rows, run], in `space`.
 
-    `thresholds` holds tau / n, by head and row; p and thresholds may share a factor per row, which a then has too.
+    `thresholds` [pairs, group * rows, 1] holds tau / n; p and it may share a factor per row, which a then has too.
     """
-    weights = carve(space, (*probs.shape[:2], run[1] - run[0]))
-    by_head = view5(p, s, weights)
-    torch.add(view5(p, s, probs)[..., run[0] : run[1]], thresholds, out=by_head).relu_()
+    weights = carve(space, (probs.shape[0], probs.shape[1], run[1] - run[0]))
+    torch.add(probs[..., run[0] : run[1]], thresholds, out=weights).relu_()
     if p.some_tau_positive:  # masked positions came out positive
         columns = torch.arange(s.key0 + run[0], s.key0 + run[1])
         hidden = columns > torch.arange(s.row0, s.row1)[:, None] + p.shift
         if p.first_key is not None:
             hidden |= columns < p.first_key[s.row0 : s.row1, None]
-        by_head.masked_fill_(hidden, 0.0)
+        view5(t, s, weights).masked_fill_(hidden, 0.0)
     return weights
 
 
@@ -216,12 +255,12 @@ def block_peaks(scores: Tensor) -> Tensor:
     return peaks
 
 
-def active_runs(active: Tensor, s: Strip) -> list[tuple[int, int]]:
-    """Maximal column ranges of the strip whose blocks are active for any of its heads."""
+def active_runs(active: list[list[bool]], s: Strip) -> list[tuple[int, int]]:
+    """Maximal column ranges of the strip whose key blocks are active for any of its heads; `active` is by head."""
     width = s.key1 - s.key0
     runs: list[tuple[int, int]] = []
-    for block, flag in enumerate(active.flatten(0, -2).any(0).tolist()):
-        if not flag:
+    for block, flags in enumerate(zip(*active, strict=True)):
+        if not any(flags):
             continue
         start, stop = block * BLOCK, min((block + 1) * BLOCK, width)
         if runs and runs[-1][1] == start:

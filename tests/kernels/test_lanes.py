@@ -1,12 +1,13 @@
 """Lanes: the blockwise backend's tasks on cores of their own, with nothing else to notice."""
 
+import sys
 import threading
 
 import pytest
 import torch
 
 from kernels import lazy_attention
-from kernels.lanes import run_side_by_side
+from kernels.lanes import SWITCH_INTERVAL, run_side_by_side
 from tests.kernels.problems import make_problem, run
 
 
@@ -43,12 +44,31 @@ def test_fewer_tasks_than_cores_keep_all_cores():
     assert seen == [(threading.current_thread().name, 2)]
 
 
-def test_an_error_in_a_lane_is_raised():
+def test_an_error_in_a_lane_is_raised_and_the_switch_interval_is_what_it_was():
+    before, inside = sys.getswitchinterval(), []
+
     def broken():
+        inside.append(sys.getswitchinterval())
         raise ArithmeticError("in a lane")
 
     with pytest.raises(ArithmeticError, match="in a lane"):
         run_side_by_side([broken, broken, broken])
+    assert inside[0] == pytest.approx(SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == before > SWITCH_INTERVAL
+
+
+def test_callers_that_overlap_leave_the_switch_interval_as_it_was():
+    before, meeting = sys.getswitchinterval(), threading.Barrier(2)
+
+    def caller():
+        run_side_by_side([lambda: meeting.wait(timeout=10), lambda: None])
+
+    callers = [threading.Thread(target=caller) for _ in range(2)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert sys.getswitchinterval() == before
 
 
 def test_modes_reach_the_lanes():
