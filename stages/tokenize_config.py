@@ -59,6 +59,13 @@ class HubTokenizer(StageConfig):
     eos_token: str | None = Field(None, description="end-of-document token; the tokenizer's own when null")
 
 
+class Filters(StageConfig):
+    min_chars: int = Field(0, ge=0, description="leave out documents of fewer characters")
+    exact_duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="keep or drop copies of a document; the first in input order stays"
+    )
+
+
 class TokenizeConfig(StageConfig):
     """Text in, token shards out."""
 
@@ -77,6 +84,7 @@ class TokenizeConfig(StageConfig):
     invalid_utf8: Literal["replace", "refuse"] = Field(
         "replace", description="what to do with bytes that are not UTF-8: replace and count, or refuse"
     )
+    filters: Filters = Field(Filters(), description="which documents are left out")
     shard_bytes: int = operational(64 * 2**20, ge=2**12, description="approximate size of a token shard in bytes")
 
     @model_validator(mode="after")
