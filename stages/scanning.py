@@ -62,10 +62,10 @@ def scan_unit(task: ScanTask) -> UnitScan:
     parts = [_scan_part(part, task.layout, task.refuse_invalid) for part in task.unit]
 
     def write(directory: Path) -> dict[str, Any]:
-        columns = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("digests", "sizes", "chars")
-        }
-        np.savez(directory / _ARRAYS, **columns)
+        digests, sizes, chars = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("digests", "sizes", "chars")
+        )
+        np.savez(directory / _ARRAYS, digests=digests, sizes=sizes, chars=chars)
         return {"rows": [part.rows for part in parts], "invalid_bytes": [part.invalid_bytes for part in parts]}
 
     keep(target, task.key, write)

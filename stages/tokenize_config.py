@@ -16,9 +16,11 @@ class EmbeddedSource(StageConfig):
 
 
 class FilesSource(StageConfig):
-    kind: Literal["files"] = Field(description="local files: .txt, .jsonl, .jsonl.gz, .parquet")
+    kind: Literal["files"] = Field(description="files, local or remote: .txt, .jsonl, .jsonl.gz, .parquet")
     paths: tuple[str, ...] = operational(
-        min_length=1, description="files or globs; a txt file is one document, jsonl and parquet one document per row"
+        min_length=1,
+        description="files, globs or URIs (s3://, gs://, file://; globs too); a txt file is one document, jsonl and "
+        "parquet one document per row",
     )
     text_column: str = Field("text", description="name of the text column of jsonl and parquet rows")
     document_separator: str | None = Field(
@@ -86,6 +88,10 @@ class TokenizeConfig(StageConfig):
     )
     filters: Filters = Field(Filters(), description="which documents are left out")
     shard_bytes: int = operational(64 * 2**20, ge=2**12, description="approximate size of a token shard in bytes")
+
+    copy_to: str | None = operational(
+        None, min_length=1, description="URI of a folder (s3://, gs://, file://) the stored corpus is copied to"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
