@@ -287,10 +287,10 @@ def _stage_task(task: StageTask, *input_paths: str) -> str:
     from pipeline.launch import pretrain_on_workers
 
     on_workers = task.stage == "pretrain" and not PretrainResources.model_validate(task.resources).in_task
-    mapping: MapFunction = _map_with_ray
+    mapping: MapFunction = map_with_ray
     if task.stage == "evaluate":
         held = StageResources.model_validate(task.resources)
-        mapping = partial(_map_with_ray, cpus=held.cpus or 1.0, gpus=held.gpus)
+        mapping = partial(map_with_ray, cpus=held.cpus or 1.0, gpus=held.gpus)
     return execute_stage(task, input_paths, mapping, run=pretrain_on_workers if on_workers else None)
 
 
@@ -299,7 +299,7 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def _map_with_ray(
+def map_with_ray(
     function: Callable[[Any], Any], items: Iterable[Any], cpus: float = 1.0, gpus: float = 0.0
 ) -> Iterator[Any]:
     """An ordered map over Ray tasks. While the caller waits, Ray lends them the cores its own task holds."""

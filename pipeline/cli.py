@@ -270,9 +270,9 @@ def generate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels, generate or evaluate")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels, tokenize, generate or evaluate")],
 ) -> None:
-    """Time the kernels, decoding, or the benchmarks against others; `bench WHAT --help` lists the options."""
+    """Time kernels, tokenization, decoding or the benchmarks against others; `bench WHAT --help` lists the options."""
     from pipeline.document import nearest
 
     if what == "generate":
@@ -280,12 +280,18 @@ def bench(
 
         bench_generate(context.args)
         return
+    if what == "tokenize":
+        from pipeline.bench_tokenize import bench_tokenize
+
+        bench_tokenize(context.args)
+        return
     if what == "evaluate":
         from stages.harness_bench import main as bench_evaluate
 
         raise typer.Exit(bench_evaluate(context.args))
     if what != "kernels":
-        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, ['kernels', 'generate', 'evaluate'])}")
+        known = ["kernels", "tokenize", "generate", "evaluate"]
+        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, known)}")
     from kernels.bench import main as bench_kernels
 
     raise typer.Exit(bench_kernels(context.args))

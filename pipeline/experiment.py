@@ -25,6 +25,7 @@ from stages.configs import ReportConfig, SparsityConfig
 from stages.contract import Refusal
 from stages.evaluate_config import EvaluateConfig
 from stages.pretrain_config import PretrainConfig
+from stages.remote import is_uri
 from stages.source_files import looks_like_a_path
 from stages.tokenize_config import FilesSource, FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
 
@@ -234,7 +235,7 @@ def _absolute_paths(document: Document) -> Document:
     if isinstance(source, dict) and source.get("kind") == "files" and isinstance(source.get("paths"), str):
         raise Refusal(f"tokenize.source.paths: expected a list, found {source['paths']!r}; write [{source['paths']}]")
     if isinstance(source, dict) and isinstance(source.get("paths"), list):
-        source["paths"] = [_absolute(p) if isinstance(p, str) else p for p in source["paths"]]
+        source["paths"] = [_absolute(p) if isinstance(p, str) and not is_uri(p) else p for p in source["paths"]]
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
         tokenizer["path"] = _absolute(tokenizer["path"])
     for part, key in ((source, "dataset"), (tokenizer, "name")):
@@ -298,7 +299,7 @@ def source_files(config: TokenizeConfig) -> list[str]:
     """The paths a corpus is read from, for the submitter, which has to say what travels and what does not."""
     paths: list[str] = []
     if isinstance(config.source, FilesSource):
-        paths += config.source.paths
+        paths += [path for path in config.source.paths if not is_uri(path)]  # every node reads those itself
     if isinstance(config.source, HubSource) and looks_like_a_path(config.source.dataset):
         paths.append(config.source.dataset)
     if isinstance(config.tokenizer, FileTokenizer):

@@ -60,7 +60,13 @@ def run_experiment(experiment: Experiment, options: RunOptions, console: Console
     check_root(root)
     plan, corpus_bytes = make_plan(experiment, root, options.selection, full_check=True)
     to_run = [d for d in plan.values() if d.action == "run"]
+    copy_to = experiment.tokenize.copy_to
+    if copy_to is not None:
+        from stages.corpus_copy import check_target
+
+        check_target(copy_to)
     if not to_run:
+        copy_stored_corpus(plan["tokenize"].generation, copy_to, console)
         _say(console, f"{experiment.name}: everything asked for is cached below {root}")
         print_report(plan["report"].generation, root, console)
         return DONE
@@ -147,12 +153,24 @@ def _execute(
     if killed:
         _say(console, "interrupted; the next run goes on from here")
         return 128 + (caught.number or signal.SIGINT)
+    copy_stored_corpus(outcomes["tokenize"].generation, experiment.tokenize.copy_to, console)
     if failed:
         return print_failures(outcomes, console)
     if report.generation is not None:
         print_report(report.generation, store.root, console)
     print_where_to_look(report.generation, store.root, uri, tracker.parent_id, console)
     return DONE
+
+
+def copy_stored_corpus(corpus: Generation | None, uri: str | None, console: Console) -> None:
+    """`tokenize.copy_to`: also for a corpus that was stored before the field was set."""
+    if corpus is None or uri is None:
+        return
+    from stages.corpus_copy import copy_corpus
+
+    copied = copy_corpus(corpus.path, uri)
+    sent = f"{copied.files} files, {copied.bytes / 1e6:.1f} MB sent"
+    _say(console, f"tokenize: copied to {uri}: {sent}, {copied.present} were there already")
 
 
 def start_tracking(

@@ -1,13 +1,17 @@
-"""The two passes over a unit of the corpus that run in parallel: hash its documents, then encode them.
+"""The last pass over a unit of the corpus: encode its documents to final shards.
 
-Both are plain functions of picklable values. A unit's result does not depend on which process computes it or on what
-other units exist, so the output of the stage is the same for every number of workers.
+A plain function of picklable values. A unit's result does not depend on which process computes it or on what other
+units exist, so the output of the stage is the same for every number of workers. A finished unit is kept
+(stages.kept_work): the attempt after a crash finds it whole, or encodes it again.
+
+    <folder>/<name>/   train-00000.arrow ...  train-documents.arrow   validation the same   token_counts.npy
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,26 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.contract import Refusal
 from stages.documents import Layout, Part, Piece, read_pieces
+from stages.kept_work import keep, kept
 from stages.shards import DOCUMENTS_SCHEMA, ShardWriter, write_documents
-from stages.split import BOTH, DIGEST_DTYPE, SKIP, TRAIN, VALIDATION, divide_tail
+from stages.split import BOTH, SKIP, TRAIN, VALIDATION, divide_tail
 
 SPLITS = {TRAIN: "train", VALIDATION: "validation"}
-# Text handed to the tokenizer at once, two of the longest pieces. Its encodings take about 350 bytes a token: 240 MB.
-_BATCH_CHARACTERS = 2_000_000
+# Text handed to the tokenizer at once. Its encodings take about 350 bytes a token until the batch is written.
+_BATCH_CHARACTERS = 2**20
+_TOKEN_COUNTS = "token_counts.npy"
 
 Report = Callable[[int, int], None]  # (bytes done, tokens done) of a unit so far
-
-
-@dataclass(frozen=True)
-class PartScan:
-    """digests: S32 [rows], sha256 of the text. sizes: int64 [rows], UTF-8 bytes, 0 = no text but white space."""
-
-    rows: int
-    digests: npt.NDArray[np.bytes_]
-    sizes: npt.NDArray[np.int64]
-    invalid_bytes: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class Coder:
     """How text becomes ids: a tokenizer.json, the id appended to each document, ids below num_ids, their dtype."""
 
     tokenizer_json: Path
+    sha256: str
     eos_id: int
     eos_token: str
     num_ids: int
@@ -51,10 +47,10 @@ class Coder:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """One unit to encode. sides: uint8 [rows of the unit] of stages.split; sizes: int64 [rows], UTF-8 bytes."""
+    """One unit to encode, kept as folder/name under `key`. sides: uint8 [rows of the unit] of stages.split; sizes:
+    int64 [rows], UTF-8 bytes."""
 
     unit: tuple[Part, ...]
-    number: int
     layout: Layout
     first_row: int
     sides: npt.NDArray[np.uint8]
@@ -62,7 +58,9 @@ class EncodeTask:
     validation_fraction: float
     coder: Coder
     shard_bytes: int
-    directory: Path
+    folder: Path
+    name: str
+    key: str
     parent_pid: int
 
 
@@ -79,40 +77,16 @@ class EncodedSplit:
 
 @dataclass
 class EncodedUnit:
-    """splits by name; token_counts: int64 [num_ids], training split with EOS; eos_in_text: times it is spelt out."""
+    """splits by name; token_counts: int64 [num_ids], training split with EOS; eos_in_text: times it is spelt out.
+
+    resumed: taken from an earlier attempt. problem: why what an earlier attempt kept could not be.
+    """
 
     splits: dict[str, EncodedSplit]
     token_counts: npt.NDArray[np.int64]
     eos_in_text: int
-
-
-def scan_unit(task: tuple[tuple[Part, ...], Layout, bool]) -> list[PartScan]:
-    """Hash the documents of each part of a unit. The last item says whether bytes that are not UTF-8 are refused."""
-    unit, layout, refuse_invalid = task
-    return [_scan_part(part, layout, refuse_invalid) for part in unit]
-
-
-def _scan_part(part: Part, layout: Layout, refuse_invalid: bool) -> PartScan:
-    digests: list[bytes] = []
-    sizes: list[int] = []
-    invalid = 0
-    digest, size, blank = hashlib.sha256(), 0, True
-    for piece in read_pieces(part, layout):
-        data = piece.text.encode()
-        digest.update(data)
-        size += len(data)
-        blank = blank and (not piece.text or piece.text.isspace())
-        invalid += piece.invalid_bytes
-        if invalid and refuse_invalid:
-            raise Refusal(
-                f"{str(part.file.path)!r} holds bytes that are not UTF-8 (row {len(sizes)} of this part) and "
-                "tokenize.invalid_utf8 is refuse; convert the file, or set it to replace"
-            )
-        if piece.ends_document:
-            digests.append(digest.digest())
-            sizes.append(0 if blank else size)
-            digest, size, blank = hashlib.sha256(), 0, True
-    return PartScan(len(sizes), np.array(digests, DIGEST_DTYPE), np.array(sizes, np.int64), invalid)
+    resumed: bool
+    problem: str | None
 
 
 def training_texts(
@@ -133,42 +107,78 @@ def training_texts(
 
 
 def encode_unit(task: EncodeTask, report: Report | None = None) -> EncodedUnit:
-    """Encode the documents of a unit and write its shards and document rows below task.directory."""
-    from tokenizers import Tokenizer
+    """Encode the documents of a unit and write its shards and document rows, unless an earlier attempt has."""
+    target = task.folder / task.name
+    earlier = kept(target, task.key)
+    facts = earlier.facts or keep(target, task.key, lambda directory: _write_unit(task, directory, report))
+    splits = {
+        name: EncodedSplit(
+            [target / shard for shard in split["shards"]],
+            target / _documents_file(name),
+            split["documents"],
+            split["tokens"],
+            split["bytes"],
+        )
+        for name, split in facts["splits"].items()
+    }
+    counts = np.load(target / _TOKEN_COUNTS)
+    return EncodedUnit(splits, counts, facts["eos_in_text"], earlier.facts is not None, earlier.problem)
 
+
+def _write_unit(task: EncodeTask, directory: Path, report: Report | None) -> dict[str, Any]:
     if os.getpid() != task.parent_pid:
         # Other units are encoded beside this one: one thread each, and no warning about forks.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_file(str(task.coder.tokenizer_json))
-    tokenizer.encode_special_tokens = True
-    writers = {side: _SplitWriter(task, side) for side in SPLITS}
+    tokenizer = _loaded_tokenizer(task.coder.tokenizer_json, task.coder.sha256)
+    writers = {side: _SplitWriter(task, side, directory) for side in SPLITS}
     token_counts = np.zeros(task.coder.num_ids, dtype=np.int64)
     eos_in_text = 0
     done_bytes = done_tokens = 0
     for batch in _batches(_task_pieces(task)):
-        training: list[npt.NDArray[np.uint32]] = []
-        for piece, ids in zip(batch, _encoded(tokenizer, batch), strict=True):
-            tokens = np.append(ids, np.uint32(task.coder.eos_id)) if piece.ends_document else ids
-            writers[piece.side].append(tokens, piece)
-            if piece.side == TRAIN:
-                training.append(tokens)
-            eos_in_text += piece.text.count(task.coder.eos_token)
-            done_bytes += piece.bytes
-            done_tokens += len(tokens)
-        if training:
-            token_counts += np.bincount(np.concatenate(training), minlength=task.coder.num_ids)
+        tokens = _encoded(tokenizer, batch, task.coder.eos_id, writers)
+        for side, ids in tokens.items():
+            writers[side].append(ids)
+            done_tokens += len(ids)
+        token_counts += np.bincount(tokens[TRAIN], minlength=task.coder.num_ids)
+        eos_in_text += sum(piece.text.count(task.coder.eos_token) for piece in batch)
+        done_bytes += sum(piece.bytes for piece in batch)
         if report is not None:
             report(done_bytes, done_tokens)
-    return EncodedUnit({SPLITS[side]: writer.close() for side, writer in writers.items()}, token_counts, eos_in_text)
+    np.save(directory / _TOKEN_COUNTS, token_counts)
+    return {"splits": {SPLITS[side]: writer.close() for side, writer in writers.items()}, "eos_in_text": eos_in_text}
 
 
-def _encoded(tokenizer: Any, batch: list[_SidedPiece]) -> list[npt.NDArray[np.uint32]]:
-    # In a function of its own, so that the encodings are gone before the next batch makes its own.
+@functools.lru_cache(maxsize=1)
+def _loaded_tokenizer(path: Path, sha256: str) -> Any:  # noqa: ARG001  (the content, should the path be written again)
+    """One encoder per process, not per unit: loading a vocabulary of 50,000 takes as long as encoding 300 KB."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _encoded(
+    tokenizer: Any, batch: list[_SidedPiece], eos_id: int, writers: dict[int, _SplitWriter]
+) -> dict[int, npt.NDArray[np.uint32]]:
+    """The tokens of a batch by side, ends of documents told to the writers.
+
+    In a function of its own, so that the encodings are gone before the next batch makes its own. array.fromlist takes
+    4 ns a token, np.array(list) 39.
+    """
+    tokens = {side: array("I") for side in writers}
     encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+    for piece, encoding in zip(batch, encodings, strict=True):
+        flat = tokens[piece.side]
+        before = len(flat)
+        flat.fromlist(encoding.ids)
+        if piece.ends_document:
+            flat.append(eos_id)
+        writers[piece.side].add_piece(len(flat) - before, piece)
+    return {side: np.frombuffer(flat, dtype=np.uint32) for side, flat in tokens.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _SidedPiece:
     """Text that goes to one side of the split, the end of a document there or not."""
 
@@ -179,40 +189,60 @@ class _SidedPiece:
     bytes: int
 
 
+def _integers() -> array[int]:
+    return array("q")
+
+
 @dataclass
 class _SplitWriter:
     """One unit's tokens and document rows of one split."""
 
     task: EncodeTask
     side: int
-    starts: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    directory: Path
+    starts: array[int] = field(default_factory=_integers)
+    lengths: array[int] = field(default_factory=_integers)
+    rows: array[int] = field(default_factory=_integers)
+    sizes: array[int] = field(default_factory=_integers)
 
     def __post_init__(self) -> None:
-        self.stem = f"unit-{self.task.number:06d}-{SPLITS[self.side]}"
-        self.writer = ShardWriter(self.task.directory, self.stem, self.task.coder.token_dtype, self.task.shard_bytes)
-        self.start = self.size = 0
+        self.name = SPLITS[self.side]
+        self.writer = ShardWriter(self.directory, self.name, self.task.coder.token_dtype, self.task.shard_bytes)
+        self.start = self.position = self.size = 0
 
-    def append(self, tokens: npt.NDArray[np.uint32], piece: _SidedPiece) -> None:
-        self.writer.append(tokens)
+    def add_piece(self, num_tokens: int, piece: _SidedPiece) -> None:
+        """Note that the next num_tokens tokens are those of `piece`, EOS included."""
+        self.position += num_tokens
         self.size += piece.bytes
         if piece.ends_document:
             self.starts.append(self.start)
-            self.lengths.append(self.writer.num_tokens - self.start)
+            self.lengths.append(self.position - self.start)
             self.rows.append(self.task.first_row + piece.row)
             self.sizes.append(self.size)
-            self.start, self.size = self.writer.num_tokens, 0
+            self.start, self.size = self.position, 0
 
-    def close(self) -> EncodedSplit:
+    def append(self, tokens: npt.NDArray[np.uint32]) -> None:
+        self.writer.append(tokens)
+
+    def close(self) -> dict[str, Any]:
         import pyarrow as pa
 
         shards = self.writer.close()
-        columns = [pa.array(column, pa.int64()) for column in (self.starts, self.lengths, self.rows, self.sizes)]
-        documents_file = self.task.directory / f"{self.stem}-documents.arrow"
-        write_documents(documents_file, [pa.table(columns, schema=DOCUMENTS_SCHEMA)])
-        return EncodedSplit(shards, documents_file, len(self.rows), self.writer.num_tokens, sum(self.sizes))
+        columns = [
+            pa.array(np.frombuffer(column, dtype=np.int64))
+            for column in (self.starts, self.lengths, self.rows, self.sizes)
+        ]
+        write_documents(self.directory / _documents_file(self.name), [pa.table(columns, schema=DOCUMENTS_SCHEMA)])
+        return {
+            "shards": [path.name for path in shards],
+            "documents": len(self.rows),
+            "tokens": self.writer.num_tokens,
+            "bytes": sum(self.sizes),
+        }
+
+
+def _documents_file(split: str) -> str:
+    return f"{split}-documents.arrow"
 
 
 def _task_pieces(task: EncodeTask) -> Iterator[_SidedPiece]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract import Refusal, first_line
+from stages.remote import open_arrow
 from stages.source_files import SourceFile, open_text_bytes
 
 _CHUNK = 2**20
@@ -91,7 +92,7 @@ def parquet_rows(file: SourceFile, row_groups: Iterable[int], column: str) -> It
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file.path) as parquet:
+    with open_arrow(file.path) as stream, pq.ParquetFile(stream) as parquet:
         # 128 rows at a time: a row may be a whole book.
         for batch in parquet.iter_batches(batch_size=128, row_groups=list(row_groups), columns=[column]):
             values = batch.column(0)
@@ -106,7 +107,8 @@ def parquet_row_groups(file: SourceFile, column: str) -> list[int]:
     """Uncompressed bytes of the text column in each row group; [0] for a file without rows."""
     import pyarrow.parquet as pq
 
-    metadata = pq.read_metadata(file.path)
+    with open_arrow(file.path) as stream:
+        metadata = pq.read_metadata(stream)
     sizes = []
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         chunks = map(group.column, range(group.num_columns))
@@ -118,16 +120,18 @@ def parquet_row_count(file: SourceFile) -> int:
     """Rows of a Parquet file, as its footer counts them."""
     import pyarrow.parquet as pq
 
-    return int(pq.read_metadata(file.path).num_rows)
+    with open_arrow(file.path) as stream:
+        return int(pq.read_metadata(stream).num_rows)
 
 
-def parquet_text_columns(path: Path) -> dict[str, bool]:
+def parquet_text_columns(path: Path | str) -> dict[str, bool]:
     """Column names of a Parquet file -> whether the column holds text. Refusal when it is no Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(path)
+        with open_arrow(path) as stream:
+            schema = pq.read_schema(stream)
     except (pa.ArrowException, OSError) as error:
         raise Refusal(f"{str(path)!r} is not a readable Parquet file ({first_line(error)}); write it again") from None
     return {field.name: _is_text(field.type) for field in schema}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from stages.contract import Refusal, write_atomically
+from stages.remote import file_name, is_uri, matching, open_binary, size_and_mtime
 from stages.tokenize_config import EmbeddedSource, FilesSource
 
 Format = Literal["text", "jsonl", "parquet"]
@@ -44,9 +45,9 @@ HASH_CACHE = "file_hashes.json"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file and how to read it."""
+    """One input file and how to read it. path: of a local file, or the URI of a remote one."""
 
-    path: Path
+    path: Path | str
     format: Format
     gzip: bool
 
@@ -70,8 +71,12 @@ def source_files(source: EmbeddedSource | FilesSource) -> list[SourceFile]:
     """The files of a source in the order they are read, each once. Refusal when there is none or one cannot be read."""
     if isinstance(source, EmbeddedSource):
         return [SourceFile(path, "text", False) for path in embedded_paths()]
-    files: dict[Path, SourceFile] = {}
+    files: dict[Path | str, SourceFile] = {}
     for pattern in source.paths:
+        if is_uri(pattern):
+            for uri in matching(pattern, "source.paths"):
+                files.setdefault(uri, _of_known_type(uri))
+            continue
         for path in _expand(pattern):
             files.setdefault(path.resolve(), _source_file(path))
     return list(files.values())
@@ -99,8 +104,9 @@ def embedded_paths() -> list[Path]:
 
 
 def absolute_patterns(paths: Iterable[str], base: Path) -> tuple[str, ...]:
-    """The same paths and globs with `~` expanded, made absolute below `base`: their meaning in any process."""
-    return tuple(str(base / Path(path).expanduser()) for path in paths)
+    """The same paths and globs with `~` expanded, made absolute below `base`: their meaning in any process. URIs are
+    what they are."""
+    return tuple(path if is_uri(path) else str(base / Path(path).expanduser()) for path in paths)
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -110,13 +116,13 @@ def looks_like_a_path(name: str) -> bool:
 
 def open_text_bytes(file: SourceFile) -> IO[bytes] | gzip.GzipFile:
     """The decompressed bytes of a text or jsonl file."""
-    if file.gzip:
-        return gzip.open(file.path, "rb")
-    return file.path.open("rb")
+    if not file.gzip:
+        return open_binary(file.path)
+    return gzip.open(file.path if isinstance(file.path, Path) else open_binary(file.path), "rb")
 
 
 def file_facts(files: Iterable[SourceFile], cache_dir: Path | None) -> Iterator[FileFacts]:
-    """Facts of each file, in order; from cache_dir/file_hashes.json where path, size and mtime are known there.
+    """Facts of each file, in order; from cache_dir/file_hashes.json where path or URI, size and mtime are known.
 
     Refusal for a file that cannot be read or whose gzip stream is damaged.
     """
@@ -124,9 +130,8 @@ def file_facts(files: Iterable[SourceFile], cache_dir: Path | None) -> Iterator[
     cache = _load_cache(cache_path)
     added: dict[str, Any] = {}
     for file in files:
-        key = str(file.path.resolve())
-        status = file.path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
+        key = str(file.path.resolve()) if isinstance(file.path, Path) else file.path
+        stamp = list(size_and_mtime(file.path))
         facts = _cached_facts(cache.get(key), stamp)
         if facts is None:
             facts = _measure(file)
@@ -170,7 +175,11 @@ def _source_file(path: Path) -> SourceFile:
         raise Refusal(f"source.paths: {str(path)!r} is a directory; name its files with a glob such as {pattern!r}")
     if not path.is_file():
         raise Refusal(f"source.paths: {str(path)!r} is not a regular file (a broken link, a pipe or a device)")
-    name = path.name.lower()
+    return _of_known_type(path)
+
+
+def _of_known_type(path: Path | str) -> SourceFile:
+    name = file_name(path).lower()
     for ending in sorted(FORMATS, key=len, reverse=True):
         if name.endswith(ending):
             return SourceFile(path, *FORMATS[ending])
@@ -196,7 +205,7 @@ class _HashedReader(io.RawIOBase):
 
 def _measure(file: SourceFile) -> FileFacts:
     try:
-        with file.path.open("rb") as raw:
+        with open_binary(file.path) as raw:
             hashed = _HashedReader(raw)
             stream = gzip.GzipFile(fileobj=hashed, mode="rb") if file.gzip else hashed
             text_bytes, blank, invalid_at = _measure_text(stream, check_utf8=file.format != "parquet")

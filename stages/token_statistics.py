@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.documents import Part
-from stages.encoding import PartScan
+from stages.filters import dropped_counts
+from stages.scanning import PartScan
 from stages.split import Split
 
 _FILES_NAMED = 5
@@ -71,22 +72,27 @@ def length_figure(histogram: Sequence[Mapping[str, int]]) -> Any:
     return figure
 
 
-def source_rows(units: Sequence[tuple[Part, ...]], scans: Sequence[Sequence[PartScan]]) -> list[dict[str, Any]]:
-    """One row per file: {file, first_row, rows, documents, bytes, invalid_utf8_bytes}; rows without text have no
-    document. first_row locates `source_row` of the docs table.
+def source_rows(
+    units: Sequence[tuple[Part, ...]], scans: Sequence[Sequence[PartScan]], reasons: npt.NDArray[np.uint8]
+) -> list[dict[str, Any]]:
+    """One row per file: {file, first_row, rows, documents, bytes, invalid_utf8_bytes} and what the filters left out of
+    it (stages.filters.dropped_counts); rows without text have no document. first_row locates `source_row` of the docs
+    table. reasons: uint8 [rows] of stages.filters.
     """
     files: dict[str, dict[str, Any]] = {}
     first_row = 0
     for unit, unit_scans in zip(units, scans, strict=True):
         for part, scan in zip(unit, unit_scans, strict=True):
-            empty = {"file": str(part.file.path), "first_row": first_row}
-            row = files.setdefault(
-                str(part.file.path), empty | {"rows": 0, "documents": 0, "bytes": 0, "invalid_utf8_bytes": 0}
-            )
-            row["rows"] += scan.rows
-            row["documents"] += int((scan.sizes > 0).sum())
-            row["bytes"] += int(scan.sizes.sum())
-            row["invalid_utf8_bytes"] += scan.invalid_bytes
+            counts = {
+                "rows": scan.rows,
+                "documents": int((scan.sizes > 0).sum()),
+                "bytes": int(scan.sizes.sum()),
+                "invalid_utf8_bytes": scan.invalid_bytes,
+                **dropped_counts(reasons[first_row : first_row + scan.rows], scan.sizes),
+            }
+            row = files.setdefault(str(part.file.path), {"file": str(part.file.path), "first_row": first_row})
+            for name, count in counts.items():
+                row[name] = row.get(name, 0) + count
             first_row += scan.rows
     return list(files.values())
 

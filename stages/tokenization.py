@@ -1,8 +1,9 @@
 """The tokenize stage: text in, token shards of a training and a validation split out.
 
-Three passes over the corpus, each streaming. (1) Hash every document, in parallel; the hashes alone decide the split.
-(2) Train the tokenizer on the training documents, or load one. (3) Encode, in parallel: each worker writes the shards
-of its unit, and they are then numbered in input order.
+Three passes over the corpus, each streaming. (1) Hash every document, in parallel; the hashes alone decide what is left
+out and the split. (2) Train the tokenizer on the training documents, or load one. (3) Encode, in parallel: each worker
+writes the shards of its unit, and they are then numbered in input order. What is done is kept in scratch_dir, unit by
+unit (stages.passes): a run that was killed, stopped or failed goes on from there, to the same bytes.
 
     tokenizer/tokenizer.json       train/shard-00000.arrow ...  train/docs.arrow       validation/ the same
     tables/document_lengths, tables/sources, figures/document_lengths.png
@@ -12,32 +13,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stages.contract import Artifact, Context, Interrupted, Outputs
+from stages.contract import Artifact, Context, Outputs, file_sha256
 from stages.corpus import check_source, corpus_fingerprint, source_identity
-from stages.documents import PIECE_BYTES, Layout, Part, plan_units
-from stages.encoding import (
-    SPLITS,
-    Coder,
-    EncodedSplit,
-    EncodedUnit,
-    EncodeTask,
-    PartScan,
-    encode_unit,
-    scan_unit,
-    training_texts,
-)
+from stages.documents import PIECE_BYTES
+from stages.encoding import Coder, EncodedSplit, training_texts
+from stages.filters import FILTERS, dropped_counts, filter_documents
+from stages.kept_work import keep, kept, work_key
+from stages.passes import Corpus, encode_corpus, kept_folder, scan_corpus, sides_key, stop_if_asked
 from stages.shards import DOCUMENTS_FILE, DOCUMENTS_SCHEMA, read_documents, shard_name, write_documents
-from stages.source_files import SourceFile, file_facts, source_files
 from stages.split import Split, choose_validation
 from stages.token_statistics import (
     length_figure,
@@ -48,7 +40,7 @@ from stages.token_statistics import (
     warn_of_invalid_utf8,
     warn_of_large_validation,
 )
-from stages.tokenize_config import HubSource, TokenizeConfig, TrainTokenizer
+from stages.tokenize_config import Filters, TokenizeConfig, TrainTokenizer
 from stages.tokenizer import (
     TRAINED_EOS,
     check_vocabulary,
@@ -58,30 +50,11 @@ from stages.tokenizer import (
     number_of_ids,
     special_tokens,
     train_tokenizer,
+    warn_of_small_vocabulary,
 )
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 STAGE_VERSION = TokenizeConfig.STAGE_VERSION
-UNITS_DIRECTORY = ".units"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A source ready to be read: its parts in units, and after the first pass what is in them."""
-
-    layout: Layout
-    units: list[tuple[Part, ...]]
-    scans: list[list[PartScan]]
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        return np.concatenate([scan.sizes for unit in self.scans for scan in unit])
-
-    @property
-    def digests(self) -> npt.NDArray[np.bytes_]:
-        return np.concatenate([scan.digests for unit in self.scans for scan in unit])
+_TOKENIZER_FILE = "tokenizer.json"
 
 
 def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
@@ -92,13 +65,18 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     assert not inputs, "the tokenize stage has no upstream"
     check_source(config, context.scratch_dir)
     identity = source_identity(config, context.scratch_dir)
-    corpus = _scan(config, context)
-    sizes = corpus.sizes
-    warn_of_invalid_utf8(source_rows(corpus.units, corpus.scans))
-    split = choose_validation(corpus.digests, sizes, config.validation_fraction)
+    corpus = scan_corpus(config, context)
+    found_sizes = corpus.column("sizes")
+    digests = corpus.column("digests")
+    filtered = filter_documents(config.filters, digests, found_sizes, corpus.column("chars"))
+    sizes = filtered.sizes
+    sources = source_rows(corpus.units, corpus.scans, filtered.reasons)
+    warn_of_invalid_utf8(sources)
+    split = choose_validation(digests, sizes, config.validation_fraction)
+    del digests
     warn_of_large_validation(split, int(sizes.sum()), config.validation_fraction)
 
-    tokenizer, eos_token = _tokenizer(config, corpus, sizes, split, context)
+    tokenizer, eos_token, tokenizer_resumed = _tokenizer(config, corpus, sizes, split, context)
     num_ids = number_of_ids(tokenizer)
     check_vocabulary(num_ids, config.token_dtype)
     if sizes.max() > PIECE_BYTES and not joins_pieces_exactly(tokenizer):
@@ -108,21 +86,22 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
             "those places differ from encoding the document at once",
             stacklevel=2,
         )
-    tokenizer_json = context.output_dir / "tokenizer" / "tokenizer.json"
+    tokenizer_json = context.output_dir / "tokenizer" / _TOKENIZER_FILE
     tokenizer_json.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(tokenizer_json))
 
     eos_id = int(tokenizer.token_to_id(eos_token))
-    coder = Coder(tokenizer_json, eos_id, eos_token, num_ids, config.token_dtype)
-    encoded = _encode(config, corpus, split, coder, context)
-    warn_of_eos_in_text(sum(unit.eos_in_text for unit in encoded), eos_token)
-    splits = _assemble(encoded, context.output_dir)
+    coder = Coder(tokenizer_json, file_sha256(tokenizer_json), eos_id, eos_token, num_ids, config.token_dtype)
+    encoded = encode_corpus(config, corpus, sizes, split, coder, context)
+    warn_of_eos_in_text(encoded.eos_in_text, eos_token)
+    splits = _assemble(encoded.splits, context.output_dir)
     histogram = length_histogram({name: _document_lengths(context.output_dir / name) for name in splits})
     context.log_table("document_lengths", histogram)
-    context.log_table("sources", source_rows(corpus.units, corpus.scans))
+    context.log_table("sources", sources)
     context.log_figure("document_lengths", length_figure(histogram))
 
-    documents = int((sizes > 0).sum())
+    documents = int((found_sizes > 0).sum())
+    dropped = dropped_counts(filtered.reasons, found_sizes)
     metrics = {
         f"{name}_{quantity}": float(entry[quantity])
         for name, entry in splits.items()
@@ -130,7 +109,10 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     }
     metrics["bytes_per_token"] = int(sizes.sum()) / sum(entry["tokens"] for entry in splits.values())
     metrics["vocab_size"] = float(num_ids)
-    metrics["unigram_entropy"] = unigram_entropy(np.sum([unit.token_counts for unit in encoded], axis=0))
+    metrics["unigram_entropy"] = unigram_entropy(encoded.token_counts)
+    metrics["units_resumed"] = float(encoded.resumed)
+    if config.filters != Filters():
+        metrics |= {name: float(count) for name, count in dropped.items()}
     facts = {
         "vocab_size": num_ids,
         "eos_id": eos_id,
@@ -143,8 +125,18 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
             "files": len({part.file.path for unit in corpus.units for part in unit}),
             "documents": documents,
             "skipped_rows": len(sizes) - documents,
-            "bytes": int(sizes.sum()),
+            "bytes": int(found_sizes.sum()),
             **({"commit": identity["source"]["commit"]} if "commit" in identity["source"] else {}),
+        },
+        "filters": {
+            name: {"documents": dropped[f"{name}_documents"], "bytes": dropped[f"{name}_bytes"]}
+            for name in FILTERS.values()
+        },
+        "units": {
+            "total": len(corpus.units),
+            "read_before": corpus.resumed,
+            "encoded_before": encoded.resumed,
+            "tokenizer_before": tokenizer_resumed,
         },
         "invalid_utf8_bytes": sum(scan.invalid_bytes for unit in corpus.scans for scan in unit),
         "document_length_histogram": histogram,
@@ -152,128 +144,59 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     return Outputs(metrics, facts)
 
 
-def _scan(config: TokenizeConfig, context: Context) -> Corpus:
-    """Bring the source to files, cut them into units and hash every document."""
-    source = config.source
-    files: list[SourceFile]
-    if isinstance(source, HubSource):
-        from stages.hub import copy_to_parquet
-
-        files = copy_to_parquet(source, context)
-    else:
-        files = source_files(source)
-    layout = Layout(getattr(source, "text_column", "text"), getattr(source, "document_separator", None))
-    facts = file_facts(files, context.scratch_dir)
-    sized = [(file, found.text_bytes) for file, found in zip(files, facts, strict=True)]
-    units = plan_units(sized, layout, config.shard_bytes)
-    total = sum(part.size for unit in units for part in unit)
-    scans: list[list[PartScan]] = []
-    done = 0
-    tasks = [(unit, layout, config.invalid_utf8 == "refuse") for unit in units]
-    for unit, scan in zip(units, _map(scan_unit, tasks, context), strict=True):
-        scans.append(scan)
-        done += sum(part.size for part in unit)
-        context.progress(done, total, "bytes", phase="reading")
-    return Corpus(layout, units, scans)
-
-
 def _tokenizer(
     config: TokenizeConfig, corpus: Corpus, sizes: npt.NDArray[np.int64], split: Split, context: Context
-) -> tuple[Any, str]:
-    """(tokenizer, EOS token), trained on the training documents or loaded."""
+) -> tuple[Any, str, bool]:
+    """(tokenizer, EOS token, whether an earlier attempt had trained it): trained on training documents, or loaded."""
+    from tokenizers import Tokenizer
+
     if not isinstance(config.tokenizer, TrainTokenizer):
         tokenizer, own_eos = load_tokenizer(config.tokenizer)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        return tokenizer, find_eos(vocabulary, special_tokens(tokenizer), config.tokenizer.eos_token, own_eos)
+        eos_token = find_eos(vocabulary, special_tokens(tokenizer), config.tokenizer.eos_token, own_eos)
+        return tokenizer, eos_token, False
+    vocab_size = config.tokenizer.vocab_size
+    target = kept_folder(context, "tokenizer") / "trained"
+    how = [vocab_size, config.validation_fraction, version("tokenizers")]
+    key = work_key(corpus.keys, sides_key(split.sides), how)
+    earlier = kept(target, key)
+    if earlier.problem is not None:
+        warnings.warn(f"the kept tokenizer is damaged ({earlier.problem}); it is trained again", stacklevel=2)
+    if earlier.facts is not None:
+        tokenizer = Tokenizer.from_file(str(target / _TOKENIZER_FILE))
+        warn_of_small_vocabulary(tokenizer, vocab_size)
+        return tokenizer, TRAINED_EOS, True
     texts = training_texts(corpus.units, corpus.layout, split.sides, sizes, config.validation_fraction)
     total = int(sizes.sum()) - split.validation_bytes
-    watched = _watched(texts, total, context)
-    return train_tokenizer(watched, config.tokenizer.vocab_size), TRAINED_EOS
+    tokenizer = train_tokenizer(_watched(texts, total, context), vocab_size)
+
+    def write(directory: Path) -> dict[str, Any]:
+        tokenizer.save(str(directory / _TOKENIZER_FILE))
+        return {"vocab_size": tokenizer.get_vocab_size()}
+
+    keep(target, key, write)
+    return tokenizer, TRAINED_EOS, False
 
 
 def _watched(texts: Iterable[str], total: int, context: Context) -> Iterator[str]:
     done = 0
     for text in texts:
         yield text
-        _stop_if_asked(context, "the tokenizer was being trained")
+        stop_if_asked(context, "the tokenizer was being trained and starts again; the hashes are kept")
         done += len(text.encode())
         context.progress(min(done, total), total, "bytes", phase="training the tokenizer")
 
 
-def _encode(config: TokenizeConfig, corpus: Corpus, split: Split, coder: Coder, context: Context) -> list[EncodedUnit]:
-    sizes = corpus.sizes
-    total = int(sizes.sum())
-    began = time.monotonic()
-
-    def report(done_bytes: int, done_tokens: int) -> None:
-        _stop_if_asked(context, f"{done_bytes} of {total} bytes were encoded")
-        seconds = max(time.monotonic() - began, 1e-9)
-        context.progress(
-            done_bytes,
-            total,
-            "bytes",
-            phase="encoding",
-            mb_per_s=round(done_bytes / seconds / 1e6, 2),
-            tokens_per_s=round(done_tokens / seconds),
-            eta_s=round((total - done_bytes) * seconds / max(done_bytes, 1), 1),
-        )
-
-    tasks = []
-    first_row = 0
-    for number, (unit, scans) in enumerate(zip(corpus.units, corpus.scans, strict=True)):
-        rows = slice(first_row, first_row + sum(scan.rows for scan in scans))
-        tasks.append(
-            EncodeTask(
-                unit=unit,
-                number=number,
-                layout=corpus.layout,
-                first_row=first_row,
-                sides=split.sides[rows],
-                sizes=sizes[rows],
-                validation_fraction=config.validation_fraction,
-                coder=coder,
-                shard_bytes=config.shard_bytes,
-                directory=context.output_dir / UNITS_DIRECTORY,
-                parent_pid=os.getpid(),
-            )
-        )
-        first_row = rows.stop
-    if len(tasks) == 1:  # nothing to spread: encode here, with the library's threads, and report within the unit
-        return [encode_unit(tasks[0], report)]
-    encoded = []
-    done_bytes = done_tokens = 0
-    for unit_result in _map(encode_unit, tasks, context):
-        encoded.append(unit_result)
-        done_bytes += sum(part.bytes for part in unit_result.splits.values())
-        done_tokens += sum(part.tokens for part in unit_result.splits.values())
-        report(done_bytes, done_tokens)
-    return encoded
-
-
-def _map(function: Callable[[Item], Result], items: Sequence[Item], context: Context) -> Iterator[Result]:
-    """context.map, except that a single item stays here, and that a request to stop ends it between two results."""
-    results = map(function, items) if len(items) == 1 else context.map(function, items)
-    for done, result in enumerate(results, start=1):
-        yield result
-        _stop_if_asked(context, f"{done} of {len(items)} parts were done")
-
-
-def _stop_if_asked(context: Context, state: str) -> None:
-    if context.stop_requested:
-        raise Interrupted(f"tokenization stopped ({state}); it starts again from the beginning")
-
-
-def _assemble(encoded: list[EncodedUnit], output_dir: Path) -> dict[str, dict[str, Any]]:
+def _assemble(encoded: Mapping[str, Sequence[EncodedSplit]], output_dir: Path) -> dict[str, dict[str, Any]]:
     """Number the units' shards in input order, join their document rows, and return the `splits` facts."""
     splits: dict[str, dict[str, Any]] = {}
-    for name in SPLITS.values():
-        parts = [unit.splits[name] for unit in encoded]
+    for name, parts in encoded.items():
         directory = output_dir / name
         directory.mkdir(parents=True, exist_ok=True)
         shards = [path for part in parts for path in part.shards]
         names = [shard_name(number) for number in range(len(shards))]
         for path, shard in zip(shards, names, strict=True):
-            path.replace(directory / shard)
+            _share(path, directory / shard)
         write_documents(directory / DOCUMENTS_FILE, _joined_documents(parts))
         splits[name] = {
             "documents": sum(part.documents for part in parts),
@@ -281,8 +204,18 @@ def _assemble(encoded: list[EncodedUnit], output_dir: Path) -> dict[str, dict[st
             "bytes": sum(part.bytes for part in parts),
             "shards": names,
         }
-    shutil.rmtree(output_dir / UNITS_DIRECTORY)
     return splits
+
+
+def _share(kept_file: Path, target: Path) -> None:
+    """A second name for the same file: killed before the commit, the kept unit is still whole, and nothing is copied.
+
+    The scratch directory goes with the commit. Where a file system knows no hard links, the file is moved.
+    """
+    try:
+        os.link(kept_file, target)
+    except OSError:
+        shutil.move(kept_file, target)
 
 
 def _joined_documents(parts: Sequence[EncodedSplit]) -> Iterator[Any]:

@@ -16,9 +16,11 @@ class EmbeddedSource(StageConfig):
 
 
 class FilesSource(StageConfig):
-    kind: Literal["files"] = Field(description="local files: .txt, .jsonl, .jsonl.gz, .parquet")
+    kind: Literal["files"] = Field(description="files, local or remote: .txt, .jsonl, .jsonl.gz, .parquet")
     paths: tuple[str, ...] = operational(
-        min_length=1, description="files or globs; a txt file is one document, jsonl and parquet one document per row"
+        min_length=1,
+        description="files, globs or URIs (s3://, gs://, file://; globs too); a txt file is one document, jsonl and "
+        "parquet one document per row",
     )
     text_column: str = Field("text", description="name of the text column of jsonl and parquet rows")
     document_separator: str | None = Field(
@@ -59,6 +61,13 @@ class HubTokenizer(StageConfig):
     eos_token: str | None = Field(None, description="end-of-document token; the tokenizer's own when null")
 
 
+class Filters(StageConfig):
+    min_chars: int = Field(0, ge=0, description="leave out documents of fewer characters")
+    exact_duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="keep or drop copies of a document; the first in input order stays"
+    )
+
+
 class TokenizeConfig(StageConfig):
     """Text in, token shards out."""
 
@@ -77,7 +86,12 @@ class TokenizeConfig(StageConfig):
     invalid_utf8: Literal["replace", "refuse"] = Field(
         "replace", description="what to do with bytes that are not UTF-8: replace and count, or refuse"
     )
+    filters: Filters = Field(Filters(), description="which documents are left out")
     shard_bytes: int = operational(64 * 2**20, ge=2**12, description="approximate size of a token shard in bytes")
+
+    copy_to: str | None = operational(
+        None, min_length=1, description="URI of a folder (s3://, gs://, file://) the stored corpus is copied to"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -45,13 +45,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_training_pieces(texts), trainer)
+    warn_of_small_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+def warn_of_small_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     if tokenizer.get_vocab_size() < vocab_size:
         warnings.warn(
             f"the training text affords a vocabulary of {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
             "the smaller one is used",
             stacklevel=2,
         )
-    return tokenizer
 
 
 def load_tokenizer(config: FileTokenizer | HubTokenizer) -> tuple[Any, str | None]:

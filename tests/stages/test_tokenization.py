@@ -290,7 +290,7 @@ def test_a_local_directory_is_a_hub_dataset(tmp_path, monkeypatch, streaming):
     outputs, output = tokenize(tmp_path / "all", source)
     assert sorted(decoded(output, "train") + decoded(output, "validation")) == sorted(texts)
     assert outputs.facts["source"]["documents"] == 24
-    assert len(list((tmp_path / "all/scratch").rglob("part-*.parquet"))) == (3 if streaming else 1)
+    assert len(list((tmp_path / "all/scratch").rglob("text.parquet"))) == (3 if streaming else 1)
     _, output = tokenize(tmp_path / "some", {**source, "max_documents": 10})
     assert sorted(decoded(output, "train") + decoded(output, "validation")) == sorted(texts[:10])
     with pytest.raises(Refusal, match=r"lacks the text column 'txt'; it has 'id', 'text'; did you mean 'text'"):
