@@ -1,6 +1,5 @@
-"""AdamW, which parameters decay, and the learning rate of every step."""
+"""AdamW: which parameters decay, and its state by name."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -31,18 +30,6 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     decayed = {name: p for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim == 2}
     others = {name: p for name, p in model.named_parameters() if name not in decayed}
     return decayed, others
-
-
-def learning_rate(step: int, config: PretrainConfig) -> float:
-    """Rate of step 0 ... steps - 1: linear warm-up to lr, then a cosine to min_lr_fraction * lr at the last step.
-
-    Warm-up step s takes (s + 1) / warmup_steps of lr. A run that ends within its warm-up ends on the ramp.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    floor = config.min_lr_fraction
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -32,10 +32,11 @@ from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
-from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
+from stages.optimizer import build_optimizer, set_learning_rate
 from stages.peers import refuse_peer
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
+from stages.schedule import learning_rate
 from stages.shards import TokenShards
 from stages.skipped_steps import count_nonfinite
 from stages.training_numbers import step_numbers

@@ -22,7 +22,13 @@ class PretrainConfig(StageConfig):
     micro_batch_size: int = Field(8, gt=0, description="windows per forward pass; the rest is gradient accumulation")
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(50, ge=0, description="linear warm-up, in steps")
-    min_lr_fraction: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay, as a fraction of lr")
+    schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up; wsd: constant, then a linear decay"
+    )
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps in the decay at the end")
+    min_lr_fraction: float = Field(
+        0.1, ge=0, le=1, description="what the rate decays to at the last step, as a fraction of lr"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; never of norms, tau and bias")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
@@ -64,12 +70,23 @@ class PretrainConfig(StageConfig):
                 f"seq_len={self.seq_len} is above model.max_seq_len={self.model.max_seq_len}; "
                 "raise max_seq_len or lower seq_len"
             )
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule=wsd with warmup_steps={self.warmup_steps} and decay_fraction={self.decay_fraction:g}, "
+                f"{self.decay_steps} steps of decay, needs {self.warmup_steps + self.decay_steps} steps, but "
+                f"steps={self.steps}; lower warmup_steps or decay_fraction"
+            )
         if self.document_masking and self.model.mixer == "mamba2":
             raise ValueError(
                 "document_masking=true does not go with mixer=mamba2, which carries its state across packed documents; "
                 "set document_masking: false in this variant"
             )
         return self
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps in the decay of wsd, at least one."""
+        return max(1, round(self.decay_fraction * self.steps))
 
     @property
     def micro_batches_per_step(self) -> int:

@@ -65,6 +65,8 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "micro_batch_size": 8,
         "lr": 2e-3,
         "warmup_steps": 50,
+        "schedule": "cosine",
+        "decay_fraction": 0.2,
         "min_lr_fraction": 0.1,
         "weight_decay": 0.1,
         "beta1": 0.9,

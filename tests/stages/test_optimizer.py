@@ -1,16 +1,10 @@
-"""AdamW's groups, the learning-rate schedule and the optimizer's state on disk."""
+"""AdamW's groups and updates, and its state by name."""
 
-import math
-from itertools import pairwise
-
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from stages.optimizer import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, split_parameters
+from stages.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, split_parameters
 from stages.pretrain_config import PretrainConfig
 
 LAZY = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, mixer="lazy", max_bias_length=4, tie_embeddings=False)
@@ -52,27 +46,6 @@ def test_an_update_is_adamw_by_the_book() -> None:
         value = value - 0.01 * (adam + 0.1 * value)
         optimizer.step()
     torch.testing.assert_close(weight.detach().double(), value, rtol=1e-5, atol=1e-7)
-
-
-def test_the_schedule_by_hand() -> None:
-    config = PretrainConfig(steps=110, warmup_steps=10, lr=1.0, min_lr_fraction=0.1)
-    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(10, config) == pytest.approx(1.0)
-    assert learning_rate(109, config) == pytest.approx(0.1)
-    assert learning_rate(60, config) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 50 / 99)))
-
-
-@given(st.integers(1, 300), st.integers(0, 400), st.floats(0, 1))
-def test_the_schedule_rises_then_falls_and_stays_in_range(steps: int, warmup: int, floor: float) -> None:
-    config = PretrainConfig(steps=steps, warmup_steps=warmup, lr=2.0, min_lr_fraction=floor)
-    rates = [learning_rate(step, config) for step in range(steps)]
-    top = min(warmup, steps)
-    assert all(0 < a <= 2.0 + 1e-9 for a in rates[:top])
-    assert all(a < b for a, b in pairwise(rates[:top]))
-    assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
-    assert all(2.0 * floor - 1e-9 <= rate <= 2.0 for rate in rates[top:])
-    if steps - top > 1:
-        assert rates[-1] == pytest.approx(2.0 * floor)
 
 
 def test_state_survives_a_round_trip_bit_for_bit() -> None:
