@@ -26,6 +26,12 @@ def warn_of_settings(config: PretrainConfig) -> None:
             f"mixer={config.model.mixer} is not; they change nothing",
             stacklevel=2,
         )
+    if config.tau_bias_lr_multiplier != 1 and not config.tau_bias_apart:
+        warnings.warn(
+            f"tau_bias_lr_multiplier={config.tau_bias_lr_multiplier:g} is for tau and the distance bias of Lazy "
+            "Attention, of which this model has none",
+            stacklevel=2,
+        )
     if config.sink_balance and config.model.mixer != "sink":
         warnings.warn(
             f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "

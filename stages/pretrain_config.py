@@ -29,6 +29,9 @@ class PretrainConfig(StageConfig):
     min_lr_fraction: float = Field(
         0.1, ge=0, le=1, description="what the rate decays to at the last step, as a fraction of lr"
     )
+    tau_bias_lr_multiplier: float = Field(
+        1.0, gt=0, description="lazy: learning rate of tau and the distance bias, as a multiple of the others'"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; never of norms, tau and bias")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
@@ -87,6 +90,12 @@ class PretrainConfig(StageConfig):
     def decay_steps(self) -> int:
         """Steps in the decay of wsd, at least one."""
         return max(1, round(self.decay_fraction * self.steps))
+
+    @property
+    def tau_bias_apart(self) -> bool:
+        """Whether tau and the distance bias learn at a rate of their own."""
+        learned = self.model.mixer == "lazy" and (self.model.lazy_bias or self.model.lazy_elastic)
+        return learned and self.tau_bias_lr_multiplier != 1
 
     @property
     def micro_batches_per_step(self) -> int:

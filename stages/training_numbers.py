@@ -23,6 +23,8 @@ def step_numbers(
         "tokens_per_s": config.tokens_per_step / seconds,
         "validation_loss": validation_loss,
     }
+    if config.tau_bias_apart:
+        numbers["lr_tau_bias"] = config.tau_bias_lr_multiplier * lr
     if config.sink_balance and config.model.mixer == "sink":
         numbers["sink_balance_loss"] = config.sink_balance * balance
     return numbers

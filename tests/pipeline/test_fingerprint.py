@@ -68,6 +68,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "schedule": "cosine",
         "decay_fraction": 0.2,
         "min_lr_fraction": 0.1,
+        "tau_bias_lr_multiplier": 1.0,
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,
