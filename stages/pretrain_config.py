@@ -42,6 +42,9 @@ class PretrainConfig(StageConfig):
         ge=0,
         description="sink: weight of the head-balance loss that training adds (reported: 0.01); 0 leaves it out",
     )
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of mean(logsumexp(logits)^2) that training adds (PaLM: 1e-4); 0 leaves it out"
+    )
     seed: int = Field(0, ge=0, description="seed of initialisation and data order")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="compute dtype (autocast); parameters, tau and bias stay float32"
@@ -56,6 +59,9 @@ class PretrainConfig(StageConfig):
     checkpoint_every: int = operational(100, gt=0, description="steps between resume checkpoints")
     keep_checkpoints: int = operational(2, gt=0, description="resume checkpoints kept")
     log_every: int = operational(1, gt=0, description="steps between logged training metrics")
+    loss_chunk_tokens: int | None = operational(
+        None, gt=0, description="predictions whose logits exist at a time; null: all up to 256 MiB of logits"
+    )
     kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
         "auto", description="backend of Lazy Attention"
     )

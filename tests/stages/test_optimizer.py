@@ -54,7 +54,7 @@ def test_only_a_rate_of_their_own_takes_a_group(fields: dict[str, float], groups
     config = PretrainConfig.model_validate({"model": LAZY, **fields})
     optimizer = build_optimizer(Transformer(LAZY, 11), config)
     assert len(optimizer.param_groups) == groups
-    numbers = step_numbers(config, 1.0, 0.0, 0.01, 1.0, 1.0, None)
+    numbers = step_numbers(config, 1.0, 0.0, 0.0, 0.01, 1.0, 1.0, None)
     assert numbers.get("lr_tau_bias") == ({3: 0.02}.get(groups))
     assert numbers["lr"] == 0.01
 
