@@ -29,6 +29,17 @@ QUERY_ROWS = 256
 CONSTANT_LAZY = "lazy, constant threshold"  # the ablation without a kernel
 IN_QUERY_BLOCKS = frozenset({CONSTANT_LAZY, "sigmoid", "entmax", "stick_breaking", "alibi", "swa"})
 
+# Float32 logits up to this size are formed at once, larger ones in chunks of half of it (model/chunked_loss.py), about
+# 0.4 GB with a chunk's passing copies. On one CPU thread chunks of 128 tokens or more are no slower than full logits.
+FULL_LOGITS_BYTES = 2**28
+
+
+def logits_chunk(num_tokens: int, vocab_size: int) -> int:
+    """Predictions whose logits exist at a time, when nobody says: all up to FULL_LOGITS_BYTES."""
+    if 4 * num_tokens * vocab_size <= FULL_LOGITS_BYTES:
+        return num_tokens
+    return max(1, FULL_LOGITS_BYTES // (8 * vocab_size))
+
 
 def non_embedding_parameters(config: ModelConfig) -> int:
     """Parameters outside the input and output embeddings."""
@@ -99,7 +110,8 @@ class Memory(NamedTuple):
     gradients    float32; a second time while several workers sum theirs
     optimizer    the two moments of AdamW
     activations  what the backward pass needs of one micro-batch, and one layer's worth again for what exists meanwhile
-    logits       of one micro-batch: logits, their log-softmax and gradient
+    logits       of one micro-batch: logits, their log-softmax and gradient; in chunks, those of one chunk and the
+                 finished gradients of the output matrix and of what it is applied to
     """
 
     weights: int
@@ -120,8 +132,12 @@ def training_memory(
     micro_batch_size: int,
     dtype: Literal["float32", "bfloat16"],
     workers: int = 1,
+    loss_chunk_tokens: int | None = None,
 ) -> Memory:
     """Memory of one data-parallel worker, which holds the whole model."""
+    predictions = micro_batch_size * seq_len
+    chunk = min(predictions, loss_chunk_tokens or logits_chunk(predictions, vocab_size))
+    finished = 0 if chunk == predictions else 8 * config.hidden_size * (vocab_size + predictions)
     half = dtype == "bfloat16"
     parameters = parameter_count(config, vocab_size)
     rows = micro_batch_size + (1 if config.mixer in WITH_SIDE_SEQUENCE else 0)
@@ -134,7 +150,7 @@ def training_memory(
         gradients=parameters * 4 * (1 if workers == 1 else 2),
         optimizer=parameters * 8,
         activations=round(tokens * (sum(layers) + max(layers) + block + 16 * config.hidden_size)),
-        logits=micro_batch_size * seq_len * vocab_size * (16 if half else 12),
+        logits=chunk * vocab_size * (16 if half else 12) + finished,
     )
 
 

@@ -104,8 +104,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [..., vocab_size] of rows [..., hidden] of `hidden`."""
-        matrix = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden, matrix).float()
+        return F.linear(hidden, self.output_matrix).float()
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """[vocab_size, hidden]: the embedding's where the two are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def new_cache(self, max_tokens: int) -> DecodingState:
         """An empty cache for decoding at most `max_tokens` tokens, the prompt included."""

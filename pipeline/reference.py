@@ -49,7 +49,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
         "Counts of what is left out are metrics, facts, and columns of tables/sources: docs/tokenization.md.",
     ),
     ("model", ModelConfig, "A pre-norm decoder: RMSNorm, SwiGLU, RoPE. `lazypipe variants` lists mixers and patterns."),
-    ("pretrain", PretrainConfig, "AdamW, linear warm-up, cosine decay, gradient clipping and accumulation."),
+    ("pretrain", PretrainConfig, "AdamW; what a step does: docs/pretraining.md."),
     ("evaluate", EvaluateConfig, "Held-out loss, continuations, and benchmarks (docs/evaluation.md)."),
     ("evaluate.extrapolation", ExtrapolationConfig, "Perplexity by context length and position: docs/probes.md."),
     ("evaluate.probes", ProbesConfig, "Retrieval probes: docs/probes.md."),

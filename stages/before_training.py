@@ -16,10 +16,20 @@ def warn_of_settings(config: PretrainConfig) -> None:
             f"{config.steps / config.warmup_steps:.3g} of lr={config.lr:g}",
             stacklevel=2,
         )
+    for name, schedules in (("decay_fraction", ("wsd",)), ("min_lr_fraction", ("cosine", "linear", "wsd"))):
+        value = getattr(config, name)
+        if config.schedule not in schedules and value != type(config).model_fields[name].default:
+            warnings.warn(f"{name}={value:g} has no effect with schedule={config.schedule}", stacklevel=2)
     if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
         warnings.warn(
             f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
             f"mixer={config.model.mixer} is not; they change nothing",
+            stacklevel=2,
+        )
+    if config.tau_bias_lr_multiplier != 1 and not config.tau_bias_apart:
+        warnings.warn(
+            f"tau_bias_lr_multiplier={config.tau_bias_lr_multiplier:g} is for tau and the distance bias of Lazy "
+            "Attention, of which this model has none",
             stacklevel=2,
         )
     if config.sink_balance and config.model.mixer != "sink":

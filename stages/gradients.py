@@ -23,14 +23,18 @@ def accumulate_gradients(
     eos_id: with it attention stays within documents, and the windows of a micro-batch are one packed row.
     """
     micro_batches, size = config.micro_batches_per_step, config.micro_batch_size
-    total = torch.zeros(2, device=model.embedding.weight.device)
+    total = torch.zeros(3, device=model.embedding.weight.device)
     balanced = config.sink_balance > 0 and config.model.mixer == "sink"
     for micro_batch in range(context.rank, micro_batches, context.world_size):
         first_sample = (step * micro_batches + micro_batch) * size
         windows = training_batch(shards, config.seq_len, config.seed, first_sample, size)
         head_mass: list[Tensor] | None = [] if balanced else None
-        loss = window_losses(model, windows, eos_id, head_mass=head_mass) / micro_batches
-        total[0] += loss.detach()
+        losses = window_losses(
+            model, windows, eos_id, "mean", head_mass, chunk_tokens=config.loss_chunk_tokens, z_loss=config.z_loss
+        )
+        loss = losses.objective / micro_batches
+        total[0] += losses.cross_entropy / micro_batches
+        total[2] += losses.log_z_squared / micro_batches
         if head_mass is not None:
             balance = head_balance(head_mass) / micro_batches
             total[1] += balance.detach()

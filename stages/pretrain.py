@@ -32,10 +32,11 @@ from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
-from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
+from stages.optimizer import build_optimizer, set_learning_rate
 from stages.peers import refuse_peer
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
+from stages.schedule import learning_rate
 from stages.shards import TokenShards
 from stages.skipped_steps import count_nonfinite
 from stages.training_numbers import step_numbers
@@ -80,7 +81,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         stop = sum_over_workers(parameters, losses, context)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        (loss_value, balance), norm_value = losses.tolist(), norm.item()
+        (loss_value, balance, log_z), norm_value = losses.tolist(), norm.item()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
@@ -98,7 +99,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             with autocast:
                 validation_loss = mean_loss(model, config, validation, held_out, context, eos_id)
         if validate or state.step % config.log_every == 0:
-            numbers = step_numbers(config, loss_value, balance, lr, norm_value, seconds, validation_loss)
+            numbers = step_numbers(config, loss_value, balance, log_z, lr, norm_value, seconds, validation_loss)
             with autocast:
                 by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step, eos_id)
             measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}

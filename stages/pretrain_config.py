@@ -22,7 +22,16 @@ class PretrainConfig(StageConfig):
     micro_batch_size: int = Field(8, gt=0, description="windows per forward pass; the rest is gradient accumulation")
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(50, ge=0, description="linear warm-up, in steps")
-    min_lr_fraction: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay, as a fraction of lr")
+    schedule: Literal["cosine", "wsd", "constant", "linear"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up; wsd: constant, then a linear decay"
+    )
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps in the decay at the end")
+    min_lr_fraction: float = Field(
+        0.1, ge=0, le=1, description="what the rate decays to at the last step, as a fraction of lr"
+    )
+    tau_bias_lr_multiplier: float = Field(
+        1.0, gt=0, description="lazy: learning rate of tau and the distance bias, as a multiple of the others'"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; never of norms, tau and bias")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta1")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
@@ -32,6 +41,9 @@ class PretrainConfig(StageConfig):
         0.0,
         ge=0,
         description="sink: weight of the head-balance loss that training adds (reported: 0.01); 0 leaves it out",
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of mean(logsumexp(logits)^2) that training adds (PaLM: 1e-4); 0 leaves it out"
     )
     seed: int = Field(0, ge=0, description="seed of initialisation and data order")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -47,6 +59,9 @@ class PretrainConfig(StageConfig):
     checkpoint_every: int = operational(100, gt=0, description="steps between resume checkpoints")
     keep_checkpoints: int = operational(2, gt=0, description="resume checkpoints kept")
     log_every: int = operational(1, gt=0, description="steps between logged training metrics")
+    loss_chunk_tokens: int | None = operational(
+        None, gt=0, description="predictions whose logits exist at a time; null: all up to 256 MiB of logits"
+    )
     kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
         "auto", description="backend of Lazy Attention"
     )
@@ -64,12 +79,29 @@ class PretrainConfig(StageConfig):
                 f"seq_len={self.seq_len} is above model.max_seq_len={self.model.max_seq_len}; "
                 "raise max_seq_len or lower seq_len"
             )
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule=wsd with warmup_steps={self.warmup_steps} and decay_fraction={self.decay_fraction:g}, "
+                f"{self.decay_steps} steps of decay, needs {self.warmup_steps + self.decay_steps} steps, but "
+                f"steps={self.steps}; lower warmup_steps or decay_fraction"
+            )
         if self.document_masking and self.model.mixer == "mamba2":
             raise ValueError(
                 "document_masking=true does not go with mixer=mamba2, which carries its state across packed documents; "
                 "set document_masking: false in this variant"
             )
         return self
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps in the decay of wsd, at least one."""
+        return max(1, round(self.decay_fraction * self.steps))
+
+    @property
+    def tau_bias_apart(self) -> bool:
+        """Whether tau and the distance bias learn at a rate of their own."""
+        learned = self.model.mixer == "lazy" and (self.model.lazy_bias or self.model.lazy_elastic)
+        return learned and self.tau_bias_lr_multiplier != 1
 
     @property
     def micro_batches_per_step(self) -> int:

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.loss import next_token_loss
+from model.chunked_loss import Losses
+from model.loss import next_token_losses
 from model.transformer import Transformer
 from stages.batches import document_borders, read_window
 from stages.contract import Context
@@ -20,11 +21,14 @@ def window_losses(
     eos_id: int | None,
     reduction: str = "mean",
     head_mass: list[Tensor] | None = None,
-) -> Tensor:
-    """`next_token_loss` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
+    chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
+) -> Losses:
+    """`next_token_losses` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
     device = model.embedding.weight.device
     borders = None if eos_id is None else torch.from_numpy(document_borders(windows, eos_id))
-    return next_token_loss(model, torch.from_numpy(windows).to(device), reduction, borders, head_mass)
+    tokens = torch.from_numpy(windows).to(device)
+    return next_token_losses(model, tokens, reduction, borders, head_mass, chunk_tokens, z_loss)
 
 
 @torch.no_grad()
@@ -44,7 +48,7 @@ def mean_loss(
     size = config.micro_batch_size
     for start in range(context.rank * size, len(windows), context.world_size * size):
         batch = np.stack([read_window(shards, config.seq_len, w) for w in windows[start : start + size]])
-        total += window_losses(model, batch, eos_id, reduction="sum")
+        total += window_losses(model, batch, eos_id, "sum", chunk_tokens=config.loss_chunk_tokens).cross_entropy
     if context.world_size > 1:
         dist.all_reduce(total)
     return total.item() / (len(windows) * config.seq_len)

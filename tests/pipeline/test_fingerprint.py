@@ -65,7 +65,10 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "micro_batch_size": 8,
         "lr": 2e-3,
         "warmup_steps": 50,
+        "schedule": "cosine",
+        "decay_fraction": 0.2,
         "min_lr_fraction": 0.1,
+        "tau_bias_lr_multiplier": 1.0,
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,
@@ -75,6 +78,7 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "dtype": "float32",
         "document_masking": False,
         "sink_balance": 0.0,
+        "z_loss": 0.0,
         "validation_windows": 64,
     },
     ("evaluate", 1): {
@@ -199,7 +203,7 @@ def test_operational_fields_are_the_rest_with_dotted_names() -> None:
         names = {name.partition(".")[0] for name in operational_fields(model())}
         assert names <= set(model.model_fields), stage
     assert set(operational_fields(PretrainConfig())) == {
-        *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "kernel")
+        *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "loss_chunk_tokens", "kernel")
     }
 
 

@@ -1,17 +1,14 @@
-"""AdamW's groups, the learning-rate schedule and the optimizer's state on disk."""
-
-import math
-from itertools import pairwise
+"""AdamW's groups and updates, and its state by name."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from stages.optimizer import build_optimizer, learning_rate, optimizer_tensors, restore_optimizer, split_parameters
+from stages.before_training import warn_of_settings
+from stages.optimizer import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate, split_parameters
 from stages.pretrain_config import PretrainConfig
+from stages.training_numbers import step_numbers
 
 LAZY = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, mixer="lazy", max_bias_length=4, tie_embeddings=False)
 
@@ -35,6 +32,41 @@ def test_matrices_decay_and_norms_tau_and_bias_do_not() -> None:
         torch.testing.assert_close(parameter.detach(), expected)
 
 
+def test_tau_and_bias_learn_at_their_own_rate() -> None:
+    """AdamW's first update of a fresh gradient is the rate, whatever the gradient: weights tell the rate they saw."""
+    config = PretrainConfig(model=LAZY.model_copy(update={"pattern": "even", "num_layers": 2}), weight_decay=0.0)
+    model = Transformer(config.model, 11)
+    optimizer = build_optimizer(model, config.model_copy(update={"tau_bias_lr_multiplier": 5.0}))
+    set_learning_rate(optimizer, 0.01)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    apart = {name for name in before if name.endswith(("tau", "bias"))}
+    assert len(apart) == 2
+    for name, parameter in model.named_parameters():
+        step = torch.full_like(parameter, 0.05 if name in apart else 0.01)
+        torch.testing.assert_close(before[name] - parameter.detach(), step, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("fields", "groups"), [({}, 2), ({"tau_bias_lr_multiplier": 2.0}, 3)])
+def test_only_a_rate_of_their_own_takes_a_group(fields: dict[str, float], groups: int) -> None:
+    config = PretrainConfig.model_validate({"model": LAZY, **fields})
+    optimizer = build_optimizer(Transformer(LAZY, 11), config)
+    assert len(optimizer.param_groups) == groups
+    numbers = step_numbers(config, 1.0, 0.0, 0.0, 0.01, 1.0, 1.0, None)
+    assert numbers.get("lr_tau_bias") == ({3: 0.02}.get(groups))
+    assert numbers["lr"] == 0.01
+
+
+@pytest.mark.parametrize("model", [{"mixer": "standard"}, {"mixer": "lazy", "lazy_bias": False, "lazy_elastic": False}])
+def test_a_rate_for_nothing_is_said(model: dict[str, object]) -> None:
+    config = PretrainConfig.model_validate({"model": model, "tau_bias_lr_multiplier": 2.0})
+    with pytest.warns(UserWarning, match="tau_bias_lr_multiplier=2 .* has none"):
+        warn_of_settings(config)
+    assert len(build_optimizer(Transformer(config.model, 11), config).param_groups) == 2
+
+
 def test_an_update_is_adamw_by_the_book() -> None:
     """Three steps against Loshchilov and Hutter's Algorithm 2 in float64."""
     config = PretrainConfig(model=LAZY, lr=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, adam_eps=1e-8)
@@ -52,27 +84,6 @@ def test_an_update_is_adamw_by_the_book() -> None:
         value = value - 0.01 * (adam + 0.1 * value)
         optimizer.step()
     torch.testing.assert_close(weight.detach().double(), value, rtol=1e-5, atol=1e-7)
-
-
-def test_the_schedule_by_hand() -> None:
-    config = PretrainConfig(steps=110, warmup_steps=10, lr=1.0, min_lr_fraction=0.1)
-    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert learning_rate(10, config) == pytest.approx(1.0)
-    assert learning_rate(109, config) == pytest.approx(0.1)
-    assert learning_rate(60, config) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 50 / 99)))
-
-
-@given(st.integers(1, 300), st.integers(0, 400), st.floats(0, 1))
-def test_the_schedule_rises_then_falls_and_stays_in_range(steps: int, warmup: int, floor: float) -> None:
-    config = PretrainConfig(steps=steps, warmup_steps=warmup, lr=2.0, min_lr_fraction=floor)
-    rates = [learning_rate(step, config) for step in range(steps)]
-    top = min(warmup, steps)
-    assert all(0 < a <= 2.0 + 1e-9 for a in rates[:top])
-    assert all(a < b for a, b in pairwise(rates[:top]))
-    assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
-    assert all(2.0 * floor - 1e-9 <= rate <= 2.0 for rate in rates[top:])
-    if steps - top > 1:
-        assert rates[-1] == pytest.approx(2.0 * floor)
 
 
 def test_state_survives_a_round_trip_bit_for_bit() -> None:

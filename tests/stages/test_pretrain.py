@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import load_checkpoint
+from model.chunked_loss import Losses, losses_of_logits
 from model.config import ModelConfig
 from model.loss import next_token_loss
 from model.transformer import Transformer
@@ -264,10 +265,10 @@ def test_a_non_finite_step_is_skipped_and_counted(
 
 @pytest.mark.filterwarnings("ignore:step [1-9] skipped")
 def test_divergence_stops_with_the_reason(corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(model: Transformer, *_: Any) -> torch.Tensor:
-        return model.final_norm.weight.sum() * math.nan
+    def nothing(model: Transformer, *_: Any) -> Losses:
+        return losses_of_logits(model.embedding.weight * math.nan, torch.zeros(model.vocab_size, dtype=torch.int64))
 
-    monkeypatch.setattr(window_losses, "next_token_loss", nothing)
+    monkeypatch.setattr(window_losses, "next_token_losses", nothing)
     with (
         pytest.warns(UserWarning, match="step 10 skipped"),
         pytest.raises(RuntimeError, match=r"not finite in 10 steps in a row.*step 10.*lower lr"),
