@@ -8,6 +8,7 @@ save on all of them, and none waits for ever.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -147,8 +148,9 @@ class CheckpointSaver:
         except OSError as error:
             message = f"no checkpoint of step {step}: {error}; training goes on, with the checkpoints before"
             warnings.warn(message, stacklevel=3)  # for the manifest, at the end of the stage
-            if self.context.rank == 0:
-                print(f"warning: {message}", file=sys.stderr, flush=True)  # for whoever can make room now
+            with contextlib.suppress(OSError):  # a log on the same disk
+                if self.context.rank == 0:
+                    print(f"warning: {message}", file=sys.stderr, flush=True)  # for whoever can make room now
 
     def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """A copy in host memory, in buffers kept from one save to the next (shards of DTensors stay DTensors)."""

@@ -252,7 +252,7 @@ def test_any_other_error_of_a_save_ends_the_training(tmp_path: Path, monkeypatch
 
 
 def test_shards_are_saved_by_their_owners_and_load_into_other_numbers_of_workers(tmp_path: Path) -> None:
-    """FSDP2 on two workers, the second's disk full at first; resumed by two, by three, and without sharding by one."""
+    """FSDP2 on two workers, the second's disk full at first; resumed by three, and without sharding by one."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.stages.sharded_training"])
 
@@ -272,8 +272,7 @@ def test_shards_are_saved_by_their_owners_and_load_into_other_numbers_of_workers
     manifest = json.loads((saved / CHECKPOINT_MANIFEST).read_text())
     sizes = [manifest["files"][f"__{rank}_0.distcp"]["size"] for rank in (0, 1)]
     assert manifest["world_size"] == 2 and max(sizes) < 0.7 * sum(sizes), "half of the state each"
-    for world_size in (2, 3):
-        run(world_size, tmp_path / "expected.pt")
+    run(3, tmp_path / "expected.pt")
     gathered, _ = torch.load(tmp_path / "expected.pt")
     model, optimizer, _ = resumed(context_in(tmp_path))
     torch.testing.assert_close(whole_state(model, optimizer), gathered, rtol=0, atol=0)
