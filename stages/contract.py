@@ -9,18 +9,19 @@ watches it (the pipeline's progress display, its MLflow logger) only has to read
     output_dir/metrics.jsonl   one line per `log_metrics` call: {"step", "time", "metrics"}
     output_dir/figures/    `log_figure`            output_dir/tables/   `log_table`
     scratch_dir/           survives a crash of the stage; emptied once the outputs are committed
-    scratch_dir/checkpoints/step-00000120/   `save_checkpoint`
+    scratch_dir/checkpoints/step-00000120/   stages/checkpoints.py
     scratch_dir/progress.json   the last `progress` call
     scratch_dir/stop       its existence asks the stage to save and leave (`stop_requested`)
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,6 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-CHECKPOINT_MANIFEST = "manifest.json"
 
 
 class Refusal(ValueError):  # noqa: N818  (a verdict on the input)
@@ -86,19 +85,34 @@ class Context:
     map_function: Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]] = map_serially
     progress_interval_s: float = 0.5
     _last_progress: float = field(default=-math.inf, init=False, repr=False)
+    _unwritten: bytes = field(default=b"", init=False, repr=False)
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """Yield `function(item)` for each item in order, possibly in other processes. Both must be picklable."""
         return self.map_function(function, items)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl. Non-finite values are dropped; the caller counts them if they matter."""
+        """Append one line to metrics.jsonl. Non-finite values are dropped; the caller counts them if they matter.
+
+        A line that a full disk does not take waits in memory for the next call, or for `flush_metrics`.
+        """
         if self.rank != 0:
             return
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        line = json.dumps({"step": step, "time": time.time(), "metrics": finite})
-        with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._unwritten += json.dumps({"step": step, "time": time.time(), "metrics": finite}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self.flush_metrics()
+
+    def flush_metrics(self) -> None:
+        """Write the lines of `log_metrics` that wait in memory; OSError, with nothing of them on disk, if it cannot."""
+        if not self._unwritten:
+            return
+        with (self.output_dir / "metrics.jsonl").open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(self._unwritten) < len(self._unwritten):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        self._unwritten = b""
 
     def log_figure(self, name: str, figure: Any) -> Path:
         """Save a matplotlib figure as output_dir/figures/<name>.png (150 dpi) and return its path."""
@@ -124,70 +138,13 @@ class Context:
         if self.rank != 0 or (now - self._last_progress < self.progress_interval_s and done < total):
             return
         self._last_progress = now
-        write_atomically(
-            self.scratch_dir / "progress.json",
-            json.dumps({"done": done, "total": total, "unit": unit, "time": time.time(), "numbers": numbers}),
-            durable=False,
-        )
+        now_at = {"done": done, "total": total, "unit": unit, "time": time.time(), "numbers": numbers}
+        with contextlib.suppress(OSError):  # a full disk must not end what the display only watches
+            write_atomically(self.scratch_dir / "progress.json", json.dumps(now_at), durable=False)
 
     @property
     def stop_requested(self) -> bool:
         return (self.scratch_dir / "stop").exists()
-
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-        """Commit a resume checkpoint atomically: `write(directory)` fills a temporary directory, which is renamed last.
-
-        The manifest inside holds size and sha256 of every file, so a damaged checkpoint is recognised on load.
-        The newest `keep` checkpoints stay.
-        """
-        folder = self.scratch_dir / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"step-{step:08d}"
-        temporary = folder / f".{target.name}.{os.getpid()}"
-        for leftover in folder.glob(".step-*"):  # of a process killed while it wrote
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-        write(temporary)
-        files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
-        for name in files:
-            _fsync(temporary / name)
-        write_atomically(temporary / CHECKPOINT_MANIFEST, json.dumps({"step": step, "files": files}))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _fsync(folder)
-        # One of a later step was damaged, or training would have gone on from it: it must not push this one out.
-        saved = sorted(folder.glob("step-*"))
-        for old in saved[: max(0, saved.index(target) + 1 - keep)] + saved[saved.index(target) + 1 :]:
-            shutil.rmtree(old)
-        return target
-
-    def latest_checkpoint(self, warn: Callable[[str], None] | None = None) -> tuple[int, Path] | None:
-        """(step, directory) of the newest intact checkpoint, or None. Damaged ones are passed over with a warning."""
-        for directory in sorted((self.scratch_dir / "checkpoints").glob("step-*"), reverse=True):
-            problem = checkpoint_problem(directory)
-            if problem is None:
-                return int(directory.name.removeprefix("step-")), directory
-            if warn is not None:
-                warn(f"checkpoint {directory} is damaged ({problem}); trying the one before")
-        return None
-
-
-def checkpoint_problem(directory: Path) -> str | None:
-    """Why a checkpoint directory cannot be trusted, or None when every file matches its manifest."""
-    manifest_path = directory / CHECKPOINT_MANIFEST
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        for name, entry in manifest["files"].items():
-            path = directory / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes, expected {entry['size']}"
-            if file_sha256(path) != entry["sha256"]:
-                return f"{name} does not match its sha256"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{CHECKPOINT_MANIFEST}: {error}"
-    return None
 
 
 def first_line(error: BaseException | None) -> str:
@@ -216,11 +173,3 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)  # on a full disk, or interrupted
         raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,27 +15,25 @@ scratch_dir.
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from model.checkpoint import save_checkpoint
 from model.peers import build_model
-from model.transformer import Transformer, count_parameters
+from model.transformer import count_parameters
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
+from stages.checkpoint_saver import CheckpointSaver
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, set_learning_rate
 from stages.peers import refuse_peer
 from stages.pretrain_config import PretrainConfig
-from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
+from stages.resume import last_logged_step, run_identity
 from stages.schedule import learning_rate
 from stages.shards import TokenShards
 from stages.skipped_steps import count_nonfinite
@@ -50,6 +48,14 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     tau and sparsity by layer. Refuses a corpus without a window of seq_len tokens and a resume checkpoint of another
     config. Raises Interrupted, with its state saved, when a stop is requested; RuntimeError when training diverges.
     """
+    with CheckpointSaver(config, context) as saver:
+        return train_with(saver, config, inputs, context)
+
+
+def train_with(
+    saver: CheckpointSaver, config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
+) -> Outputs:
+    """The body of `run`."""
     corpus = inputs["tokenize"]
     train, validation = TokenShards(corpus.path / "train"), TokenShards(corpus.path / "validation")
     held_out = validation_windows(validation, config.seq_len, config.validation_windows)
@@ -65,7 +71,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         model.side.set_tokens(torch.from_numpy(side_text))
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
-    state = resume(model, optimizer, identity, context)
+    state = saver.resume(model, optimizer, identity)
     resumed_from = state.step
     already_logged = last_logged_step(context.output_dir / "metrics.jsonl") if context.rank == 0 else 0
     parameters = list(model.parameters())
@@ -116,14 +122,8 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             eta_s=(config.steps - state.step) * state.train_seconds / state.step,
         )
         if not last and (stop or state.step % config.checkpoint_every == 0):
-            if context.rank == 0:
-                write = partial(
-                    write_resume_checkpoint, model=model, optimizer=optimizer, state=state, identity=identity
-                )
-                context.save_checkpoint(state.step, write, keep=config.keep_checkpoints)
+            saver.save(model, optimizer, state, identity, final=stop)
             if stop:
-                if context.world_size > 1:
-                    dist.barrier()  # a worker that leaves first may get the others killed before the save
                 raise Interrupted(f"pretraining stopped at step {state.step} of {config.steps}; its state is saved")
 
     if validation_loss is None or not math.isfinite(validation_loss) or state.loss is None:
@@ -132,6 +132,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
         save_checkpoint(context.output_dir / "checkpoint", model, corpus.facts["eos_id"], tokenizer)
         context.log_table("history", state.history)
+        context.flush_metrics()
     total, non_embedding = count_parameters(model)
     tokens = config.steps * config.tokens_per_step
     return Outputs(
@@ -158,28 +159,6 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             **preflight,
         },
     )
-
-
-def resume(model: Transformer, optimizer: torch.optim.AdamW, identity: dict[str, object], context: Context) -> RunState:
-    """The state of the newest intact resume checkpoint, loaded; a fresh one without. All workers must find the same."""
-    latest = context.latest_checkpoint(warn=partial(warnings.warn, stacklevel=2))
-    step = 0 if latest is None else latest[0]
-    if context.world_size > 1:
-        if not dist.is_initialized() or dist.get_world_size() != context.world_size:
-            raise RuntimeError(
-                f"world_size={context.world_size}, but torch.distributed's process group is not initialised with as "
-                "many workers; call torch.distributed.init_process_group first"
-            )
-        found: list[int] = [0] * context.world_size
-        dist.all_gather_object(found, step)
-        if len(set(found)) > 1:
-            raise Refusal(
-                f"workers found resume checkpoints of different steps {found} in {context.scratch_dir}; "
-                "all workers must share one storage root"
-            )
-    if latest is None:
-        return RunState()
-    return read_resume_checkpoint(latest[1], model, optimizer, identity)
 
 
 def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:

@@ -58,6 +58,12 @@ class PretrainConfig(StageConfig):
     validate_every: int = operational(50, gt=0, description="steps between validations")
     checkpoint_every: int = operational(100, gt=0, description="steps between resume checkpoints")
     keep_checkpoints: int = operational(2, gt=0, description="resume checkpoints kept")
+    keep_checkpoint_every: int | None = operational(
+        None, gt=0, description="checkpoints of steps that it divides are kept as well; null: none"
+    )
+    async_checkpoints: bool = operational(
+        True, description="write checkpoints in the background, from a copy of the state in host memory"
+    )
     log_every: int = operational(1, gt=0, description="steps between logged training metrics")
     loss_chunk_tokens: int | None = operational(
         None, gt=0, description="predictions whose logits exist at a time; null: all up to 256 MiB of logits"

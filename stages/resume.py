@@ -1,29 +1,45 @@
 """What a training run needs to go on as if it had never stopped.
 
-A resume checkpoint is three files: weights.safetensors, optimizer.safetensors (AdamW moments, random states) and
-run.json (step, identity of the run, history and counters). The data order needs no state: it is computed from the
-seed and the step.
+A resume checkpoint holds, in torch.distributed.checkpoint's format, the tensors of model and AdamW, each worker its
+shards (__<rank>_0.distcp, .metadata); the random generators of each worker (random_states-<rank>.safetensors); and in
+run.json and history.jsonl the identity of the run, its step, counters and metrics. The data order needs no state: it is
+computed from the seed and the step.
+
+The metadata is a pickle. It is read from a run's own scratch alone, after the manifest's sha256 has been met; whatever
+is passed on is exported as safetensors, and no other stage or command reads a resume checkpoint.
 """
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from model.checkpoint import CheckpointError, check_weights
-from model.transformer import Transformer
+from stages.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_MANIFEST, checkpoint_problem
 from stages.contract import Artifact, Refusal
-from stages.optimizer import optimizer_tensors, restore_optimizer
 from stages.pretrain_config import PretrainConfig
+from stages.random_states import random_states, set_random_states
 
-WEIGHTS_FILE = "weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+DCP_METADATA = ".metadata"
+RANDOM_FILE = "random_states-{rank}.safetensors"
 RUN_FILE = "run.json"
+HISTORY_FILE = "history.jsonl"
 
 
 @dataclass
@@ -61,46 +77,135 @@ def _config_identity(config: PretrainConfig) -> dict[str, Any]:
     return identity
 
 
-def write_resume_checkpoint(
-    directory: Path, model: Transformer, optimizer: torch.optim.AdamW, state: RunState, identity: Mapping[str, Any]
-) -> None:
-    """Write the three files. Nothing in today's loop draws random numbers; their states are kept for what may."""
-    tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
-    tensors |= {f"rng.{name}": tensor for name, tensor in _random_states().items()}
-    _save(directory / WEIGHTS_FILE, model.state_dict())
-    _save(directory / OPTIMIZER_FILE, tensors)
-    run = {"identity": dict(identity), "state": asdict(state)}
-    (directory / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds. tensors: {"model": ..., "optimizer": ...}, of plain tensors or of DTensors."""
+
+    step: int
+    tensors: dict[str, Any]
+    random_states: dict[str, Tensor]
+    run: dict[str, Any]
+    history: list[dict[str, float | None]]
+
+
+def take_snapshot(
+    model: nn.Module, optimizer: torch.optim.AdamW, state: RunState, identity: Mapping[str, Any]
+) -> Snapshot:
+    """The state as it is now. The tensors are those in use, not copies; everything else training may change from here.
+
+    Learning rates and the other numbers of the optimizer's groups are left out: they follow from config and step.
+    """
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer.state:  # the library fills an empty one by an update with zero gradients, which counts as a step
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
+    fields = {name: copy.deepcopy(value) for name, value in vars(state).items() if name != "history"}
+    run = {"identity": dict(identity), "state": fields}
+    return Snapshot(state.step, tensors, random_states(), run, list(state.history))
+
+
+def write_resume_checkpoint(directory: Path, snapshot: Snapshot, rank: int = 0, group: Any = None) -> list[Path]:
+    """Write this worker's part of a checkpoint and return its files; all workers of `group` call it together.
+
+    Tensors that all workers have are written by one of them each, shards of DTensors by their owners. OSError for a
+    disk that takes no more; CheckpointException, on every worker, when one of several failed.
+    """
+    save(snapshot.tensors, storage_writer=_Writer(directory), process_group=group, no_dist=group is None)
+    random_file = directory / RANDOM_FILE.format(rank=rank)
+    save_file(snapshot.random_states, random_file)
+    files = [*directory.glob(f"__{rank}_*"), random_file]
+    if rank == 0:
+        (directory / RUN_FILE).write_text(json.dumps(snapshot.run), encoding="utf-8")
+        with (directory / HISTORY_FILE).open("w", encoding="utf-8") as file:
+            for row in snapshot.history:  # by line: one json.dumps of a long history would hold up the training thread
+                file.write(json.dumps(row) + "\n")
+        files += [directory / name for name in (DCP_METADATA, RUN_FILE, HISTORY_FILE)]
+    return files
 
 
 def read_resume_checkpoint(
-    directory: Path, model: Transformer, optimizer: torch.optim.AdamW, identity: Mapping[str, Any]
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    identity: Mapping[str, Any],
+    rank: int = 0,
+    group: Any = None,
 ) -> RunState:
-    """Load the three files into model, optimizer and the random generators.
+    """Load a checkpoint, written by any number of workers, into model, optimizer and the random generators.
 
-    Refuses, naming the field, a checkpoint of another config or corpus; nothing is changed then. A field that the
-    checkpoint does not know yet was at its default.
+    `directory` is one that `checkpoint_problem` cleared on one worker; before the metadata is unpickled, every worker
+    holds it against the manifest once more. Refuses, naming the field, a checkpoint of another config or corpus, and
+    one that does not fit the model; nothing is changed then. A field that the checkpoint does not know yet was at its
+    default.
     """
-    defaults = _config_identity(PretrainConfig())
+    _refuse_old_format(directory)
+    problem = checkpoint_problem(directory, only=(DCP_METADATA, RUN_FILE, HISTORY_FILE))
+    if problem is not None:
+        raise Refusal(f"resume checkpoint {directory} is damaged: {problem}; delete it to go on from the one before")
     run = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-    for name in identity.keys() | run["identity"].keys():
-        found = run["identity"].get(name, defaults.get(name, "(absent)"))
-        expected = identity.get(name, "(absent)")
-        if found != expected:
+    _refuse_other_identity(directory, run["identity"], identity)
+
+    reader = FileSystemReader(directory)
+    saved = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+    found = {
+        name.removeprefix("model."): tuple(entry.size)
+        for name, entry in saved.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors["model"].items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise Refusal(
+            f"resume checkpoint {directory} does not fit the model: {wrong[0]} is {found.get(wrong[0])}, expected "
+            f"{expected.get(wrong[0])}; delete {directory.parent} to start over"
+        )
+    # A parameter without a gradient so far has no moments, in the checkpoint as in the run that wrote it.
+    with_moments = [name for name in expected if f"optimizer.{name}.step" in saved]
+    optimizer_state = get_optimizer_state_dict(model, optimizer) if with_moments else {}
+    if with_moments:
+        optimizer_state["state"] = {name: optimizer_state["state"][name] for name in with_moments}
+        tensors["optimizer"] = optimizer_state["state"]
+    load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    if with_moments:
+        set_optimizer_state_dict(model, optimizer, optimizer_state, options=StateDictOptions(strict=False))
+    set_model_state_dict(model, tensors["model"])
+    random_file = directory / RANDOM_FILE.format(rank=rank)
+    if random_file.exists():  # not for a worker that the run did not have before
+        set_random_states(load_file(random_file))
+    history = [json.loads(line) for line in (directory / HISTORY_FILE).read_text(encoding="utf-8").splitlines()]
+    return RunState(**run["state"], history=history)
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer to files, which tells a full disk from other errors: torch.save hides it behind a RuntimeError."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _refuse_old_format(directory: Path) -> None:
+    manifest = json.loads((directory / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("format", 1) != CHECKPOINT_FORMAT:
+        raise Refusal(
+            f"resume checkpoint {directory} has format {manifest.get('format', 1)}, this version reads "
+            f"{CHECKPOINT_FORMAT}; delete {directory.parent} to start over, or finish with the version that wrote it"
+        )
+
+
+def _refuse_other_identity(directory: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    defaults = _config_identity(PretrainConfig())
+    for name in expected.keys() | found.keys():
+        before, now = found.get(name, defaults.get(name, "(absent)")), expected.get(name, "(absent)")
+        if before != now:
             raise Refusal(
-                f"resume checkpoint {directory} was written with {name}={found}, this run has {name}={expected}; "
+                f"resume checkpoint {directory} was written with {name}={before}, this run has {name}={now}; "
                 f"set it back, or delete {directory.parent} to start over"
             )
-    weights = load_file(directory / WEIGHTS_FILE)
-    try:
-        check_weights(model, weights, directory / WEIGHTS_FILE)
-    except CheckpointError as error:
-        raise Refusal(f"{error}; delete {directory.parent} to start over") from error
-    model.load_state_dict(weights)
-    tensors = load_file(directory / OPTIMIZER_FILE)
-    restore_optimizer(optimizer, model, _below("optimizer.", tensors))
-    _set_random_states(_below("rng.", tensors))
-    return RunState(**run["state"])
 
 
 def last_logged_step(metrics_file: Path) -> int:
@@ -117,24 +222,3 @@ def last_logged_step(metrics_file: Path) -> int:
         with metrics_file.open("r+b") as file:
             file.truncate(len(whole))
     return max((int(json.loads(line)["step"]) for line in whole.splitlines()), default=0)
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

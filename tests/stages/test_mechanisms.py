@@ -79,7 +79,8 @@ def test_bfloat16_autocast_stays_near_float32(mixer: str) -> None:
 
 
 def config_of(mixer: str, pattern: object, **fields: object) -> PretrainConfig:
-    config = tiny_run(mixer, steps=16, checkpoint_every=6, validate_every=16)
+    # Not in the background: a run is stopped by the sight of its checkpoint.
+    config = tiny_run(mixer, steps=16, checkpoint_every=6, validate_every=16, async_checkpoints=False)
     model = {**config.model.model_dump(), "pattern": pattern, **fields}
     return PretrainConfig.model_validate({**config.model_dump(), "model": model})
 

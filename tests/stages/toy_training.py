@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -67,13 +68,15 @@ def metric_lines(context: Context) -> list[Mapping[str, Any]]:
 
 
 class DyingContext(Context):
-    """Kills its process, with no chance to clean up, as soon as step `die_at` has been logged."""
+    """Kills its process, with no chance to clean up, once step `die_at` is logged and a checkpoint committed."""
 
     die_at: int = 0
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log_metrics(step, metrics)
         if step == self.die_at:
+            while not list(self.scratch_dir.glob("checkpoints/step-*")):
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
