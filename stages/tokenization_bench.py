@@ -135,7 +135,7 @@ class Ours:
             {
                 "source": {"kind": "files", "paths": [str(corpus)]},
                 "tokenizer": {"kind": "file", "path": str(tokenizer_json)},
-                "shard_bytes": max(2**20, min(64 * 2**20, corpus.stat().st_size // 8)),
+                "shard_bytes": corpus.stat().st_size // 8 + 1,  # 8 units: as many for each of 1, 2, 4 or 8 workers
             }
         )
         context = self._context(folder / "scanned")
@@ -237,7 +237,7 @@ def memory(megabytes: float, vocab_size: int, folder: Path, map_function: MapFun
         {
             "source": {"kind": "files", "paths": [str(corpus)]},
             "tokenizer": {"kind": "train", "vocab_size": vocab_size},
-            "shard_bytes": 2**20 if megabytes < 100 else 64 * 2**20,
+            "shard_bytes": min(64 * 2**20, corpus.stat().st_size // 8 + 1),  # units of the default size, if it fills 8
         }
     )
     for directory in (context.output_dir, context.scratch_dir):
@@ -288,7 +288,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lazypipe bench tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=float, default=16, help="text to encode in each round")
+    parser.add_argument("--megabytes", type=float, default=24, help="text to encode in each round")
     parser.add_argument("--vocab-size", type=int, default=16_384)
     parser.add_argument("--processes", type=int, default=2, help="workers of every contestant")
     parser.add_argument("--repeats", type=int, default=5)
