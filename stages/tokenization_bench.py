@@ -107,7 +107,7 @@ def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processe
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     datasets.disable_progress_bars()
     loaded = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=f"{folder}/cache")
-    tokenizer = Tokenizer.from_file(tokenizer_json)
+    tokenizer: Any = Tokenizer.from_file(tokenizer_json)
     eos = tokenizer.token_to_id(TRAINED_EOS)
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -145,7 +145,7 @@ class Ours:
         self.split = choose_validation(digests, self.sizes, self.config.validation_fraction)
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        tokenizer: Any = Tokenizer.from_file(str(tokenizer_json))
         self.coder = Coder(
             tokenizer_json,
             file_sha256(tokenizer_json),
