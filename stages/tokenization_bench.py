@@ -19,7 +19,6 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,11 +27,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from stages.contract import Context, Refusal, file_sha256
 from stages.encoding import Coder
 from stages.filters import filter_documents
+from stages.memory_watch import MemoryWatch
 from stages.passes import encode_corpus, scan_corpus
 from stages.source_files import embedded_paths
 from stages.split import choose_validation
@@ -248,40 +246,6 @@ def memory(megabytes: float, vocab_size: int, folder: Path, map_function: MapFun
         run(config, {}, context)
         seconds = time.perf_counter() - began
     return {"megabytes": size / 1e6, "seconds": seconds, **watch.peaks()}
-
-
-class MemoryWatch:
-    """Samples the resident memory of this process and of the worker processes below it, every 20 ms."""
-
-    def __init__(self) -> None:
-        self._own = self._worker = self._all = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def peaks(self) -> dict[str, float]:
-        return {"driver_mb": self._own / 1e6, "worker_mb": self._worker / 1e6, "all_mb": self._all / 1e6}
-
-    def _watch(self) -> None:
-        this = psutil.Process()
-        while not self._ended.wait(0.02):
-            own = this.memory_info().rss
-            workers = []
-            for child in this.children(recursive=True):
-                try:
-                    command = " ".join(child.cmdline())
-                    if command.startswith("ray::") or "spawn_main" in command:
-                        workers.append(child.memory_info().rss)
-                except psutil.Error:  # gone meanwhile
-                    continue
-            self._own, self._worker = max(self._own, own), max(self._worker, *workers, 0)
-            self._all = max(self._all, own + sum(workers))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from stages.contract import Refusal
-from stages.tokenization_bench import MemoryWatch, Ours, documents, encode_raw, parse, write_corpus
+from stages.memory_watch import MemoryWatch
+from stages.tokenization_bench import Ours, documents, encode_raw, parse, write_corpus
 from stages.tokenizer import train_tokenizer
 
 
