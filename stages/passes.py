@@ -8,6 +8,7 @@ goes on with the rest.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import warnings
@@ -188,7 +189,7 @@ def _encode_tasks(
 
 def sides_key(sides: npt.NDArray[np.uint8]) -> str:
     """A key of which rows are trained on, held out or left out."""
-    return work_key(sides.tobytes().hex())
+    return hashlib.sha256(sides.tobytes()).hexdigest()
 
 
 def stop_if_asked(context: Context, state: str) -> None:

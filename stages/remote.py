@@ -19,6 +19,7 @@ from stages.contract import Refusal, first_line
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _REMOTE_BUFFER = 4 * 2**20
+_SECRET = re.compile(r"://[^/?@]*:[^/?]*@")
 _MAGIC = re.compile(r"[*\[]")  # not the question mark: in a URI it begins the query
 
 
@@ -64,6 +65,11 @@ def filesystem_of(uri: str) -> tuple[Any, str]:
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem
 
+    if _SECRET.search(uri):
+        raise Refusal(
+            f"{_SECRET.sub('://...@', uri)!r} holds a password, and experiment files are stored and logged; leave it "
+            "out and set the environment variables of the file system (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
     try:
         return cast("tuple[Any, str]", FileSystem.from_uri(uri))
     except (ArrowException, ValueError, OSError) as error:

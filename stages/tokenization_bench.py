@@ -19,7 +19,6 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,11 +27,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from stages.contract import Context, Refusal, file_sha256
 from stages.encoding import Coder
 from stages.filters import filter_documents
+from stages.memory_watch import MemoryWatch
 from stages.passes import encode_corpus, scan_corpus
 from stages.source_files import embedded_paths
 from stages.split import choose_validation
@@ -107,7 +105,7 @@ def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processe
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     datasets.disable_progress_bars()
     loaded = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=f"{folder}/cache")
-    tokenizer = Tokenizer.from_file(tokenizer_json)
+    tokenizer: Any = Tokenizer.from_file(tokenizer_json)
     eos = tokenizer.token_to_id(TRAINED_EOS)
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -135,7 +133,7 @@ class Ours:
             {
                 "source": {"kind": "files", "paths": [str(corpus)]},
                 "tokenizer": {"kind": "file", "path": str(tokenizer_json)},
-                "shard_bytes": max(2**20, min(64 * 2**20, corpus.stat().st_size // 8)),
+                "shard_bytes": corpus.stat().st_size // 8 + 1,  # 8 units: as many for each of 1, 2, 4 or 8 workers
             }
         )
         context = self._context(folder / "scanned")
@@ -145,7 +143,7 @@ class Ours:
         self.split = choose_validation(digests, self.sizes, self.config.validation_fraction)
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        tokenizer: Any = Tokenizer.from_file(str(tokenizer_json))
         self.coder = Coder(
             tokenizer_json,
             file_sha256(tokenizer_json),
@@ -237,7 +235,7 @@ def memory(megabytes: float, vocab_size: int, folder: Path, map_function: MapFun
         {
             "source": {"kind": "files", "paths": [str(corpus)]},
             "tokenizer": {"kind": "train", "vocab_size": vocab_size},
-            "shard_bytes": 2**20 if megabytes < 100 else 64 * 2**20,
+            "shard_bytes": min(64 * 2**20, corpus.stat().st_size // 8 + 1),  # units of the default size, if it fills 8
         }
     )
     for directory in (context.output_dir, context.scratch_dir):
@@ -250,45 +248,11 @@ def memory(megabytes: float, vocab_size: int, folder: Path, map_function: MapFun
     return {"megabytes": size / 1e6, "seconds": seconds, **watch.peaks()}
 
 
-class MemoryWatch:
-    """Samples the resident memory of this process and of the worker processes below it, every 20 ms."""
-
-    def __init__(self) -> None:
-        self._own = self._worker = self._all = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def peaks(self) -> dict[str, float]:
-        return {"driver_mb": self._own / 1e6, "worker_mb": self._worker / 1e6, "all_mb": self._all / 1e6}
-
-    def _watch(self) -> None:
-        this = psutil.Process()
-        while not self._ended.wait(0.02):
-            own = this.memory_info().rss
-            workers = []
-            for child in this.children(recursive=True):
-                try:
-                    command = " ".join(child.cmdline())
-                    if command.startswith("ray::") or "spawn_main" in command:
-                        workers.append(child.memory_info().rss)
-                except psutil.Error:  # gone meanwhile
-                    continue
-            self._own, self._worker = max(self._own, own), max(self._worker, *workers, 0)
-            self._all = max(self._all, own + sum(workers))
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lazypipe bench tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=float, default=16, help="text to encode in each round")
+    parser.add_argument("--megabytes", type=float, default=24, help="text to encode in each round")
     parser.add_argument("--vocab-size", type=int, default=16_384)
     parser.add_argument("--processes", type=int, default=2, help="workers of every contestant")
     parser.add_argument("--repeats", type=int, default=5)

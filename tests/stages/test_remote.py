@@ -101,9 +101,12 @@ def test_what_is_not_there_is_refused_by_name(base, path, said):
         check_source(config, None)
 
 
-def test_a_scheme_nobody_knows_and_a_server_that_is_not_there():
+def test_uris_that_mean_nothing_or_hold_a_secret():
     with pytest.raises(Refusal, match=r"'ftp://host/a.txt' cannot be opened: .*Known are local paths, file://, s3://"):
         check_source(TokenizeConfig(source=source("ftp://host/a.txt")), None)
+    with pytest.raises(Refusal, match=r"'s3://...@bucket/a.txt' holds a password") as error:
+        check_source(TokenizeConfig(source=source("s3://key:secret@bucket/a.txt")), None)
+    assert "secret@" not in str(error.value)
     with pytest.raises(Refusal, match="copy_to: '/data' is not a URI; give one such as"):
         check_target("/data")
 
