@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # Installed first and pinned, so that no later resolution replaces it. GPU boxes: see README, "Set-up".
 TORCH ?= torch==2.13.0
 
-.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long lint format clean
+SEED ?= 0
+
+.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long chaos lint format clean
 
 help:
 	@echo "make quickstart   set up .venv and run configs/quickstart.yaml"
@@ -14,6 +16,7 @@ help:
 	@echo "make deconstruct-seeds   the close ones of them with three seeds"
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make test-long    the wide searches and full matrices as well"
+	@echo "make chaos        runs killed and damaged at random points (SEED=n) end bit for bit as undisturbed ones"
 	@echo "make lint         ruff, mypy (strict), import directions"
 	@echo "make format       ruff format and the safe fixes"
 	@echo "make install      only set up .venv"
@@ -45,6 +48,9 @@ test: $(VENV)/.installed-test
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s tests/stages/test_chaos.py tests/pipeline/test_chaos.py --chaos-seed $(SEED)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ class CheckpointSaver:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            self._wait()
+            self.wait()
         except Exception:
             if kind is None:  # what ended the training is the better reason
                 raise
@@ -115,7 +115,7 @@ class CheckpointSaver:
         training is left: then it is OSError, and nothing is under way on return. Any other error is raised, of a save
         in the background by the next call.
         """
-        self._wait()
+        self.wait()
         snapshot = take_snapshot(model, optimizer, state, identity)
         unlogged: OSError | None = None
         try:
@@ -136,7 +136,8 @@ class CheckpointSaver:
         else:
             self._settle(state.step, partial(self._commit, snapshot, unlogged))
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until no save is under way."""
         if self._under_way is not None:
             step, future = self._under_way
             self._under_way = None

@@ -67,7 +67,7 @@ def save_and_resume(directory: Path, rank: int, world_size: int, expected: Path 
             train(model, optimizer, 1)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                saver._wait()
+                saver.wait()
             assert any("no checkpoint of step 1: [Errno 27]" in str(w.message) for w in caught), [*map(str, caught)]
             assert rank != 0 or not list(saver.folder.iterdir())  # worker 0 sweeps
             if rank == 1:

@@ -1,4 +1,4 @@
-"""One run, four accidents at random points: the same bits as without, and every step logged once.
+"""One run, three accidents at random points: the same bits as without, and every step logged once.
 
 The stage alone, in processes of its own; tests/pipeline/test_chaos.py does the same to whole runs (`make chaos`).
 """
@@ -24,8 +24,8 @@ from tests.accidents import (
 )
 from tests.stages.toy_training import start_process, tiny_run, toy_corpus
 
-STEPS, EVERY = 200, 10
-ACCIDENTS = ("kill", "stop", "damage", "disk_full")
+STEPS, EVERY = 160, 10
+ACCIDENTS = ("stop", "damage", "disk_full")  # the last two end in kill -9
 
 
 def test_a_run_with_accidents_ends_as_the_undisturbed_one(tmp_path: Path, chaos_seed: int) -> None:
@@ -49,10 +49,9 @@ def test_a_run_with_accidents_ends_as_the_undisturbed_one(tmp_path: Path, chaos_
         metrics = directory / "output" / "metrics.jsonl"
         wait_until(lambda file=metrics: first_logged_step(file), process.is_alive, "a step")
         assert first_logged_step(metrics) == before + 1, "went on from the newest intact checkpoint"
-        if accident != "none":
-            # Two to fall back on, and room for the accidents still to come.
-            wait_for_checkpoint(scratch, before + EVERY * rng.randint(2, 3), process.is_alive)
-            time.sleep(rng.uniform(0, 0.03))
+        if accident != "none":  # two checkpoints on: one to damage, one to fall back on
+            wait_for_checkpoint(scratch, before + 2 * EVERY, process.is_alive)
+            time.sleep(rng.uniform(0, 0.05))
             before = strike(accident, process, scratch, metrics, rng)
             print(f"attempt {number}: {accident}, to go on from step {before}")
             assert before > 0

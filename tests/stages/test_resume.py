@@ -206,10 +206,10 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path: Path, config: An
     context, (model, optimizer) = context_in(tmp_path), trained()
     with CheckpointSaver(config, context) as saver:
         saver.save(model, optimizer, RunState(step=1), IDENTITY)
-        saver._wait()
+        saver.wait()
         with full_disk(bytes_left), pytest.warns(UserWarning, match=r"no checkpoint of step 2: \[Errno 27\]"):
             saver.save(model, optimizer, RunState(step=2), IDENTITY)
-            saver._wait()
+            saver.wait()
         assert saved_steps(context) == [1], "neither a half checkpoint, nor the one before lost"
         with (
             full_disk(bytes_left),
