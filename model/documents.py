@@ -92,6 +92,29 @@ def weight_rows(
         yield start, rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
 
+def first_keys(length: int, documents: Documents | None, device: torch.device) -> Tensor:
+    """Where the document of each query of a row begins, int64 [length]: 0 everywhere without documents."""
+    at = torch.arange(length, device=device)
+    return torch.zeros_like(at) if documents is None else at - documents.positions
+
+
+def first_key_mass(rows: Iterator[tuple[int, Tensor]], documents: Documents | None) -> Tensor:
+    """mean_i A_i1, the mean weight on the first key that a query sees, [H] float32, of rows as `weight_rows` yields.
+
+    Raises ValueError when there are no rows.
+    """
+    total, queries = None, 0
+    for start, weights in rows:
+        count, length = weights.shape[2:]
+        first = first_keys(length, documents, weights.device)[start : start + count]
+        mass = weights.float().gather(-1, first[:, None].expand(*weights.shape[:3], 1))[..., 0].mean(0).sum(-1)
+        total = mass if total is None else total + mass
+        queries += count
+    if total is None:
+        raise ValueError("the attention has no rows to look for a sink in; give it at least one token")
+    return total / queries
+
+
 def visible_keys(length: int, documents: Documents | None, device: torch.device) -> Tensor:
     """n_i, the number of keys each query of a row may see, int64 [length]."""
     before = torch.arange(length, device=device) if documents is None else documents.positions

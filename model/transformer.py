@@ -32,6 +32,11 @@ class Block(nn.Module):
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
+    def statistics(self, x: Tensor, rope: Rope, side: SideInputs) -> tuple[Tensor | None, Tensor | None]:
+        """The mixer's `statistics` on x, mean over heads: (sparsity, sink), [] float32 each."""
+        sparsity, sink = self.mixer.statistics(self.mixer_input(x, side), rope, side)
+        return None if sparsity is None else sparsity.mean(), None if sink is None else sink.mean()
+
     def mixer_input(self, x: Tensor, side: SideInputs) -> Tensor:
         """The normed x; the side inputs are made ready for the mixer too."""
         if self.mixer.reads_embeddings:
@@ -150,6 +155,23 @@ class Transformer(nn.Module):
             shares.append(None if share is None else float(share.mean()))
             x = layer(x, rope, None, side)
         return shares if any(share is not None for share in shares) else None
+
+    @torch.no_grad()
+    def statistics_by_layer(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None
+    ) -> list[tuple[float | None, float | None]]:
+        """(share of exactly-zero weights, mean weight on the first key) of each layer on tokens [B, L].
+
+        Of the pairs and the first key inside a document, with cu_seqlens as in `forward`. None for what a mixer does
+        not have. Costs a forward pass with every attention computed once or twice more.
+        """
+        x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        for layer in self._blocks():
+            found.append(layer.statistics(x, rope, side))
+            x = layer(x, rope, None, side)
+        values = iter(torch.stack([v for pair in found for v in pair if v is not None] or [x.new_zeros(())]).tolist())
+        return [(None if a is None else next(values), None if b is None else next(values)) for a, b in found]
 
     def _blocks(self) -> Iterator[Block]:
         for layer in self.layers:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.code_version import CodeVersion, code_version
 from pipeline.document import dump_yaml
@@ -24,8 +25,12 @@ from pipeline.fingerprint import flatten
 from pipeline.lease import Holder, is_alive
 from pipeline.plan import Node, Plan
 from pipeline.store import Generation
+from pipeline.system_metrics import PREFIX, watch_machine
 from pipeline.tracking_upload import flat_facts, log_files, log_model, log_params, log_points, log_task_table
 from pipeline.tracking_uri import first_touch
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 EXPERIMENT_FILE = "experiment.yaml"
 METRICS = "metrics.jsonl"
@@ -41,6 +46,12 @@ class ChildRun:
     offset: int = 0
     last_step: int = -1
     streamed: set[str] = field(default_factory=set)
+    monitor: SystemMetricsMonitor | None = None
+
+    def stop_monitor(self) -> None:
+        if self.monitor is not None:
+            self.monitor.finish()
+        self.monitor = None
 
 
 class Tracker:
@@ -240,6 +251,8 @@ class Tracker:
                 params["variant"] = node.variant
             log_params(self.client, child.run_id, params)
         attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
+        if node.stage == "pretrain":
+            child.monitor = watch_machine(child.run_id, self.uri)
         return child
 
     def _resume_child(self, attempt: Path, tags: Mapping[str, str], leftovers: Sequence[Path]) -> ChildRun | None:
@@ -267,8 +280,8 @@ class Tracker:
         return child
 
     def _logged_so_far(self, run_id: str, metrics_file: Path) -> ChildRun:
-        """A run as it is on the server: its last step, and the metrics it has."""
-        names = set(self.client.get_run(run_id).data.metrics)
+        """A run as it is on the server: its last step, and the metrics it has. The monitor counts steps of its own."""
+        names = {name for name in self.client.get_run(run_id).data.metrics if not name.startswith(PREFIX)}
         steps = [point.step for name in names for point in self.client.get_metric_history(run_id, name)]
         return ChildRun(run_id, metrics_file, last_step=max(steps, default=-1), streamed=names)
 
@@ -316,6 +329,7 @@ class Tracker:
             log_task_table(self.client, child.run_id, generation)
             self.client.set_terminated(child.run_id, status="FINISHED")
 
+        child.stop_monitor()
         if child.run_id:
             self.pump(child)
             self._end(close)
@@ -341,6 +355,7 @@ class Tracker:
 
     def fail_child(self, child: ChildRun, status: str, error: str) -> None:
         """Say how a stage ended before logging what it left: whoever stopped the driver may not wait for that."""
+        child.stop_monitor()
 
         def close() -> None:
             self.client.set_terminated(child.run_id, status=status)

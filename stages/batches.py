@@ -8,6 +8,8 @@ re-sharded run asks for the same sample numbers and gets the same batches.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 
@@ -48,11 +50,13 @@ def permuted(index: int, count: int, seed: int, epoch: int) -> int:
 
 def training_batch(shards: TokenShards, seq_len: int, seed: int, first_sample: int, size: int) -> npt.NDArray[np.int64]:
     """Samples first_sample ... first_sample + size - 1, int64 [size, seq_len + 1]: inputs [:, :-1], targets [:, 1:]."""
+    started = time.perf_counter()
     windows = _require_windows(shards, seq_len)
     batch = np.empty((size, seq_len + 1), dtype=np.int64)
     for row in range(size):
         epoch, index = divmod(first_sample + row, windows)
         batch[row] = read_window(shards, seq_len, permuted(index, windows, seed, epoch))
+    shards.batch_seconds += time.perf_counter() - started
     return batch
 
 

@@ -37,16 +37,17 @@ from stages.resume import last_logged_step, run_identity
 from stages.schedule import learning_rate
 from stages.shards import TokenShards
 from stages.skipped_steps import count_nonfinite
-from stages.training_numbers import step_numbers
+from stages.training_numbers import machine, run_numbers, speed_numbers, step_numbers
 from stages.window_losses import mean_loss
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Train `config.model` on the tokenized corpus; see stages/contract.py for `context`.
 
-    Writes checkpoint/ and tables/history, and logs loss, lr, grad_norm, tokens_per_s, validation_loss and, for lazy,
-    tau and sparsity by layer. Refuses a corpus without a window of seq_len tokens and a resume checkpoint of another
-    config. Raises Interrupted, with its state saved, when a stop is requested; RuntimeError when training diverges.
+    Writes checkpoint/ and tables/history, and logs what stages/training_numbers.py and stages/lazy_numbers.py name:
+    losses, gradient norm, speed and memory, and by layer tau, sparsity and sink. Refuses a corpus without a window of
+    seq_len tokens and a resume checkpoint of another config. Raises Interrupted, with its state saved, when a stop is
+    requested; RuntimeError when training diverges.
     """
     with CheckpointSaver(config, context) as saver:
         return train_with(saver, config, inputs, context)
@@ -77,9 +78,10 @@ def train_with(
     parameters = list(model.parameters())
     eos_id = int(corpus.facts["eos_id"]) if config.document_masking else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    under = machine(config, corpus.facts["vocab_size"], device, context.world_size)
 
     while state.step < config.steps:
-        started = time.perf_counter()
+        started, waited_before = time.perf_counter(), train.batch_seconds
         lr = learning_rate(state.step, config)
         set_learning_rate(optimizer, lr)
         with autocast:
@@ -96,6 +98,8 @@ def train_with(
         state.step += 1
         seconds = time.perf_counter() - started
         state.train_seconds += seconds
+        waited = train.batch_seconds - waited_before
+        state.wait_seconds += waited
         count_nonfinite(state, finite, loss_value, norm_value, lr)
 
         last = state.step == config.steps
@@ -106,6 +110,7 @@ def train_with(
                 validation_loss = mean_loss(model, config, validation, held_out, context, eos_id)
         if validate or state.step % config.log_every == 0:
             numbers = step_numbers(config, loss_value, balance, log_z, lr, norm_value, seconds, validation_loss)
+            numbers |= speed_numbers(config, under, seconds, waited, device)
             with autocast:
                 by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step, eos_id)
             measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
@@ -141,6 +146,7 @@ def train_with(
             "validation_loss": validation_loss,
             "tokens_per_s": tokens / state.train_seconds,
             "train_seconds": state.train_seconds,
+            **run_numbers(under, tokens, state.train_seconds, state.wait_seconds, device),
         },
         facts={
             "parameters": total,
@@ -156,6 +162,7 @@ def train_with(
             "device": device.type,
             "kernel": kernel_used(config),
             "world_size": context.world_size,
+            **under.facts(),
             **preflight,
         },
     )

@@ -51,6 +51,7 @@ class RunState:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     train_seconds: float = 0.0
+    wait_seconds: float = 0.0  # the part of train_seconds that went into making batches
     history: list[dict[str, float | None]] = field(default_factory=list)
 
 

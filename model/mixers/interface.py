@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from model.cache import KVCache, LayerCache
 from model.config import ModelConfig
-from model.documents import Documents, weight_rows
+from model.documents import Documents, first_key_mass, weight_rows
 from model.layers import Linear, RMSNorm
 from model.rope import Rope, apply_rope
+
+STATISTICS_ROWS = 256  # query rows of weights that exist at a time
 
 
 @dataclass
@@ -75,6 +77,14 @@ class TokenMixer(nn.Module):
     def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:  # noqa: ARG002
         """Share of exactly-zero weights among all (query, visible key) pairs, [H] float32; None where none can be."""
         return None
+
+    def statistics(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """(`sparsity`, sink), [H] float32 each: sink is the mean over queries of the weight on the first key they see.
+
+        None for what a mixer does not have.
+        """
+        rows = self.attention_rows(x, rope, STATISTICS_ROWS, side)
+        return self.sparsity(x, rope, side), None if rows is None else first_key_mass(rows, documents_of(side))
 
 
 class ProjectedMixer(TokenMixer):

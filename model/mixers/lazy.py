@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kernels import lazy_attention
 from model.config import ModelConfig
-from model.documents import Documents, visible_keys
+from model.documents import Documents, first_keys, visible_keys
 from model.mixers.interface import AttentionMixer, SideInputs, documents_of
 from model.mixers.query_blocks import QUERY_ROWS, in_query_blocks, zero_share
 from model.mixers.standard import visible
@@ -63,9 +63,15 @@ class LazyAttention(AttentionMixer):
     def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:
         if self.tau is None:
             return None
-        documents = documents_of(side)
         if not self.relative:
-            return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents)
+            return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
+        return self.statistics(x, rope, side)[0]
+
+    def statistics(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """As everywhere; from one pass of the kernel, which hands out the log-sum-exp of each row for nothing."""
+        if not self.relative:
+            return super().statistics(x, rope, side)
+        documents, length = documents_of(side), x.shape[1]
         q, k = self.queries_and_keys(x, rope, side)
         v = self._heads(self.v_proj(x), self.kv_heads)
         bias, tau = self.bias_and_tau(q)
@@ -73,9 +79,15 @@ class LazyAttention(AttentionMixer):
         _, stats = lazy_attention(
             q, k, v, bias, tau, cu_seqlens=borders, scale=self.scale, backend=self.kernel, return_stats=True
         )
-        pairs = visible_keys(x.shape[1], documents, x.device).float()
-        zeros: Tensor = (stats.row_sparsity * pairs).sum(-1) / pairs.sum()
-        return zeros.mean(0)
+        pairs = visible_keys(length, documents, x.device)
+        share = ((stats.row_sparsity * pairs).sum(-1) / pairs.sum()).mean(0)
+        # a_i1 = max(exp(s_i1 - lse_i) + tau / n_i, 0): one product per query, and no row of weights.
+        first = self.per_query_head(k)[:, :, first_keys(length, documents, x.device)].float()
+        distance = pairs - 1
+        near = bias[:, distance.clamp(max=bias.shape[1] - 1)].masked_fill(distance >= bias.shape[1], 0.0)
+        scores = self.scale * (q.float() * first).sum(-1) + near
+        mass = torch.relu(torch.exp(scores - stats.lse) + tau[:, None] / pairs).mean((0, -1))
+        return None if self.tau is None else share, mass
 
     def bias_and_tau(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """(bias [H, W], tau [H]) as the kernel takes them: zeros for what is ablated, a shared tau for every head."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,33 @@ def test_a_resumed_stage_goes_on_in_its_run_without_repeating_steps(
     (tmp_path / "g0002" / "metrics.jsonl").write_text(line(3, loss=2.2) + line(4, loss=2.0) + line(5, loss=1.9))
     tracker.pump(second)
     assert steps(tracker, first.run_id) == [1, 2, 3, 4, 5]
+
+
+def test_the_machine_is_watched_while_a_model_trains(
+    tracked: tuple[Tracker, Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples go on over a resume, and their numbering hides no step of the training from the log."""
+    tracker, plan, _ = tracked
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    node, name, file = plan["pretrain/lazy"].node, "system/cpu_utilization_percentage", tmp_path / "metrics.jsonl"
+    seen = 0
+    for step in (1, 2):
+        child = tracker.open_child(node, tmp_path, tmp_path, [], None)
+        deadline = time.monotonic() + 30
+        while len(steps(tracker, child.run_id, name)) < seen + 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        file.write_text(line(step, loss=1.0))
+        tracker.fail_child(child, "KILLED", "")
+        (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+        samples = steps(tracker, child.run_id, name)
+        assert samples == [*range(len(samples))] and len(samples) >= seen + 4
+        assert steps(tracker, child.run_id) == [*range(1, step + 1)]
+        seen = len(samples)
+    assert tracker.client.get_run(child.run_id).data.metrics["system/system_memory_usage_megabytes"] > 0
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    assert tracker.open_child(node, tmp_path, tmp_path, [], None).monitor is None
+    monkeypatch.delenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
+    assert tracker.open_child(plan["evaluate/lazy"].node, tmp_path, tmp_path, [], None).monitor is None
 
 
 def test_a_run_left_open_after_its_commit_is_completed(tracked: tuple[Tracker, Plan, Path], tmp_path: Path) -> None:
