@@ -1,6 +1,6 @@
 """`make chaos SEED=n`: whole runs, killed and damaged at random points, end as the undisturbed ones, bit for bit.
 
-Every accident follows a committed checkpoint; every execution after it starts one step behind the newest intact one.
+Every accident follows a committed checkpoint; every execution after it goes on from the newest intact one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -65,6 +66,10 @@ def kill_driver(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+def newly_saved(scratch: Path, before: list[Path]) -> list[int]:
+    return [checkpoint_step(p) for p in committed(scratch) if p not in before]
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -149,16 +154,21 @@ def test_two_workers_through_the_loss_of_one_and_of_the_driver(tmp_path: Path, c
         time.sleep(rng.uniform(0, 0.1))
         if accident == "worker":
             workers = [
-                p for p in psutil.Process(process.pid).children(recursive=True) if is_worker(p) and "Train" in p.name()
+                p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "ray::RayTrainWorker"
             ]
             victim = rng.choice(sorted(workers, key=lambda p: p.pid))
-            print(f"seed {chaos_seed}: kill -9 of {victim.name()} {victim.pid} of {[p.name() for p in workers]}")
+            assert len(workers) == 2
             victim.kill()
             psutil.wait_procs(workers, timeout=60)  # Ray Train ends the others of the group
         else:
             kill_driver(process)
-        before = checkpoint_step(committed(scratch_of(root))[-1])
+        left = committed(scratch_of(root))
+        before = checkpoint_step(left[-1])
         print(f"seed {chaos_seed}: {accident} killed -> to go on from step {before}", flush=True)
+        if accident == "worker":
+            saved = partial(newly_saved, scratch_of(root), left)
+            wait_until(saved, running, "a checkpoint of the restarted group")
+            assert min(saved()) > before, "the group went on from the checkpoint"
     assert start(config, root, log, *ON_TWO_WORKERS).wait(280) == 0, log.read_text()
     manifest = current_manifest(root, "pretrain", "lazy")
     assert (manifest["resumed_from"], manifest["steps_executed"]) == (before, STEPS - before)

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import random
 import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -272,7 +273,10 @@ def test_shards_are_saved_by_their_owners_and_load_into_other_numbers_of_workers
     manifest = json.loads((saved / CHECKPOINT_MANIFEST).read_text())
     sizes = [manifest["files"][f"__{rank}_0.distcp"]["size"] for rank in (0, 1)]
     assert manifest["world_size"] == 2 and max(sizes) < 0.7 * sum(sizes), "half of the state each"
+    damaged = shutil.copytree(saved, saved.with_name("step-00000003"))  # worker 0 finds out; all fall back with it
+    (damaged / "__1_0.distcp").unlink()
     run(3, tmp_path / "expected.pt")
+    shutil.rmtree(damaged)
     gathered, _ = torch.load(tmp_path / "expected.pt")
     model, optimizer, _ = resumed(context_in(tmp_path))
     torch.testing.assert_close(whole_state(model, optimizer), gathered, rtol=0, atol=0)
