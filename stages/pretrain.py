@@ -36,7 +36,7 @@ from stages.pretrain_config import PretrainConfig
 from stages.resume import last_logged_step, run_identity
 from stages.schedule import learning_rate
 from stages.shards import TokenShards
-from stages.skipped_steps import count_nonfinite
+from stages.skipped_steps import diverged, divergence, reason_to_skip, record
 from stages.training_numbers import machine, run_numbers, speed_numbers, step_numbers
 from stages.window_losses import mean_loss
 
@@ -70,6 +70,7 @@ def train_with(
     model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
+    model.activation_checkpointing = config.activation_checkpointing
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
     state = saver.resume(model, optimizer, identity)
@@ -90,8 +91,8 @@ def train_with(
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         (loss_value, balance, log_z), norm_value = losses.tolist(), norm.item()
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if finite:
+        reason = reason_to_skip(state, config, loss_value, norm_value)
+        if reason is None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
             optimizer.step()
         optimizer.zero_grad()
@@ -100,7 +101,8 @@ def train_with(
         state.train_seconds += seconds
         waited = train.batch_seconds - waited_before
         state.wait_seconds += waited
-        count_nonfinite(state, finite, loss_value, norm_value, lr)
+        record(state, config, reason, loss_value, norm_value)
+        gave_up = diverged(state, config)
 
         last = state.step == config.steps
         validate = last or state.step % config.validate_every == 0
@@ -126,8 +128,11 @@ def train_with(
             tokens_per_s=config.tokens_per_step / seconds,
             eta_s=(config.steps - state.step) * state.train_seconds / state.step,
         )
-        if not last and (stop or state.step % config.checkpoint_every == 0):
-            saver.save(model, optimizer, state, identity, final=stop)
+        if gave_up or (not last and (stop or state.step % config.checkpoint_every == 0)):
+            saver.save(model, optimizer, state, identity, final=stop or gave_up)
+            if gave_up:
+                folder = context.scratch_dir / "checkpoints"
+                raise RuntimeError(divergence(state, loss_value, norm_value, lr, folder))
             if stop:
                 raise Interrupted(f"pretraining stopped at step {state.step} of {config.steps}; its state is saved")
 
@@ -158,6 +163,7 @@ def train_with(
             "tokens": tokens,
             "document_masking": config.document_masking,
             "nonfinite_steps": state.nonfinite_steps,
+            "spikes_skipped": state.spikes_skipped,
             "threads": torch.get_num_threads(),
             "device": device.type,
             "kernel": kernel_used(config),
