@@ -32,6 +32,11 @@ class Block(nn.Module):
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
+    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs) -> Tensor | None:
+        """Share of exactly-zero attention weights of the mixer on x, [H] or []; None for mixers that can have none."""
+        share: Tensor | None = self.mixer.sparsity(self.mixer_input(x, side), rope, side)
+        return share
+
     def mixer_input(self, x: Tensor, side: SideInputs) -> Tensor:
         """The normed x; the side inputs are made ready for the mixer too."""
         if self.mixer.reads_embeddings:
@@ -142,7 +147,7 @@ class Transformer(nn.Module):
         x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
         shares: list[float | None] = []
         for layer in self._blocks():
-            share = layer.mixer.sparsity(layer.mixer_input(x, side), rope, side)
+            share = layer.sparsity(x, rope, side)
             shares.append(None if share is None else float(share.mean()))
             x = layer(x, rope, None, side)
         return shares if any(share is not None for share in shares) else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from stages.dtensors import shard_like
 from stages.pretrain_config import PretrainConfig
 
 
@@ -13,13 +14,18 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Ada
     """AdamW (Loshchilov and Hutter 2019) over all parameters: matrices decay; norms and numbers per head do not.
 
     fused updates a tensor in one pass: 1.0 ms a step against 3.5 (foreach) and 3.2 (a loop), 1.07 M parameters, CPU.
+    But it rounds the last few numbers of a piece of a tensor differently, so that shards would give other bits than the
+    whole: reduction=ordered, which promises the same bits, takes foreach, also with one worker.
     """
+    fused = config.reduction != "ordered"
     decayed, others = split_parameters(model)
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": list(others.values()), "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=fused, foreach=not fused
+    )
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -64,7 +70,7 @@ def restore_optimizer(optimizer: torch.optim.AdamW, model: nn.Module, tensors: M
     """Put the result of `optimizer_tensors` back, bit for bit, on the parameters' devices."""
     for name, parameter in model.named_parameters():
         state = {
-            kind: tensors[f"{kind}.{name}"].to(parameter.device)
+            kind: shard_like(tensors[f"{kind}.{name}"], parameter)
             for kind in ("step", "exp_avg", "exp_avg_sq")
             if f"{kind}.{name}" in tensors
         }

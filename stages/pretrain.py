@@ -30,9 +30,11 @@ from model.transformer import Transformer, count_parameters
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.dtensors import whole_tensors
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
-from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
+from stages.optimizer import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
+from stages.parallel import check_process_group, clip_gradients, gradient_norm, is_sharded, place_model
 from stages.peers import refuse_peer
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
@@ -59,9 +61,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_peer(config.model, device)
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
-    model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
+    model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
+    check_process_group(context)
+    model = place_model(model, config, device, context.world_size)
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
     state = resume(model, optimizer, identity, context)
@@ -77,13 +81,12 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         set_learning_rate(optimizer, lr)
         with autocast:
             losses = accumulate_gradients(model, config, train, state.step, context, eos_id)
-        stop = sum_over_workers(parameters, losses, context)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        stop = sum_over_workers(parameters, losses, config, context)
+        norm = gradient_norm(parameters, config)
         (loss_value, balance), norm_value = losses.tolist(), norm.item()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
+            clip_gradients(parameters, config.grad_clip, norm)
             optimizer.step()
         optimizer.zero_grad()
         state.step += 1
@@ -115,9 +118,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             eta_s=(config.steps - state.step) * state.train_seconds / state.step,
         )
         if not last and (stop or state.step % config.checkpoint_every == 0):
+            weights = whole_tensors(model.state_dict(), keep=context.rank == 0)
+            moments = whole_tensors(optimizer_tensors(optimizer, model), keep=context.rank == 0)
             if context.rank == 0:
                 write = partial(
-                    write_resume_checkpoint, model=model, optimizer=optimizer, state=state, identity=identity
+                    write_resume_checkpoint, weights=weights, optimizer=moments, state=state, identity=identity
                 )
                 context.save_checkpoint(state.step, write, keep=config.keep_checkpoints)
             if stop:
@@ -127,9 +132,10 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
 
     if validation_loss is None or not math.isfinite(validation_loss) or state.loss is None:
         raise RuntimeError(f"after {config.steps} steps the validation loss is {validation_loss}; lower lr={config.lr}")
+    weights = whole_tensors(model.state_dict(), keep=context.rank == 0)
     if context.rank == 0:
         tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
-        save_checkpoint(context.output_dir / "checkpoint", model, corpus.facts["eos_id"], tokenizer)
+        save_checkpoint(context.output_dir / "checkpoint", model, corpus.facts["eos_id"], tokenizer, weights)
         context.log_table("history", state.history)
     total, non_embedding = count_parameters(model)
     tokens = config.steps * config.tokens_per_step
@@ -154,6 +160,8 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "device": device.type,
             "kernel": kernel_used(config),
             "world_size": context.world_size,
+            "parallel": "fsdp" if is_sharded(model) else "replicate",
+            "reduction": config.reduction,
             **preflight,
         },
     )
@@ -164,11 +172,6 @@ def resume(model: Transformer, optimizer: torch.optim.AdamW, identity: dict[str,
     latest = context.latest_checkpoint(warn=partial(warnings.warn, stacklevel=2))
     step = 0 if latest is None else latest[0]
     if context.world_size > 1:
-        if not dist.is_initialized() or dist.get_world_size() != context.world_size:
-            raise RuntimeError(
-                f"world_size={context.world_size}, but torch.distributed's process group is not initialised with as "
-                "many workers; call torch.distributed.init_process_group first"
-            )
         found: list[int] = [0] * context.world_size
         dist.all_gather_object(found, step)
         if len(set(found)) > 1:

@@ -18,7 +18,8 @@ from torch import Tensor
 from model.checkpoint import CheckpointError, check_weights
 from model.transformer import Transformer
 from stages.contract import Artifact, Refusal
-from stages.optimizer import optimizer_tensors, restore_optimizer
+from stages.dtensors import shard_like
+from stages.optimizer import restore_optimizer
 from stages.pretrain_config import PretrainConfig
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -62,12 +63,19 @@ def _config_identity(config: PretrainConfig) -> dict[str, Any]:
 
 
 def write_resume_checkpoint(
-    directory: Path, model: Transformer, optimizer: torch.optim.AdamW, state: RunState, identity: Mapping[str, Any]
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: RunState,
+    identity: Mapping[str, Any],
 ) -> None:
-    """Write the three files. Nothing in today's loop draws random numbers; their states are kept for what may."""
-    tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer, model).items()}
+    """Write the three files. Nothing in today's loop draws random numbers; their states are kept for what may.
+
+    weights, optimizer: of `model.state_dict()` and `optimizer_tensors`, whole.
+    """
+    tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
     tensors |= {f"rng.{name}": tensor for name, tensor in _random_states().items()}
-    _save(directory / WEIGHTS_FILE, model.state_dict())
+    _save(directory / WEIGHTS_FILE, weights)
     _save(directory / OPTIMIZER_FILE, tensors)
     run = {"identity": dict(identity), "state": asdict(state)}
     (directory / RUN_FILE).write_text(json.dumps(run), encoding="utf-8")
@@ -96,7 +104,8 @@ def read_resume_checkpoint(
         check_weights(model, weights, directory / WEIGHTS_FILE)
     except CheckpointError as error:
         raise Refusal(f"{error}; delete {directory.parent} to start over") from error
-    model.load_state_dict(weights)
+    parameters = model.state_dict()
+    model.load_state_dict({name: shard_like(tensor, parameters[name]) for name, tensor in weights.items()})
     tensors = load_file(directory / OPTIMIZER_FILE)
     restore_optimizer(optimizer, model, _below("optimizer.", tensors))
     _set_random_states(_below("rng.", tensors))
