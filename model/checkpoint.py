@@ -7,6 +7,7 @@ tokenizer.json      for tokenizers.Tokenizer.from_file
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,20 @@ class Checkpoint:
         return self.directory / TOKENIZER_FILE
 
 
-def save_checkpoint(directory: Path, model: Transformer, eos_id: int, tokenizer_json: Path | None) -> None:
-    """Write the files of the module docstring into `directory`, which is made if need be."""
+def save_checkpoint(
+    directory: Path,
+    model: Transformer,
+    eos_id: int,
+    tokenizer_json: Path | None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the files of the module docstring into `directory`, which is made if need be.
+
+    weights: those of a model whose parameters are sharded, put together; default: the model's own.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in weights.items()}
     save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {"model": model.config.model_dump(), "vocab_size": model.vocab_size, "eos_id": eos_id}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ class Transformer(nn.Module):
     kernel: backend of Lazy Attention (auto, reference, blockwise, triton); it changes speed and rounding only.
     On the meta device the weights stay unmade, for counting and for loading a checkpoint into.
 
-    activation_checkpointing: what of the blocks the backward pass computes again; see model/activation_checkpointing.py.
+    activation_checkpointing: what the backward pass computes again; see model/activation_checkpointing.py.
     """
 
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
@@ -146,21 +146,6 @@ class Transformer(nn.Module):
     def attention_layers(self) -> list[int]:
         """The layers, from 0, that have attention weights."""
         return [index for index, name in enumerate(self.config.layer_mixers) if name not in WITHOUT_ATTENTION]
-
-    @torch.no_grad()
-    def sparsity_by_layer(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> list[float | None] | None:
-        """Share of exactly-zero attention weights of each layer on tokens [B, L], None for mixers that can have none.
-
-        Of the pairs inside a document, with cu_seqlens as in `forward`. None when no layer can have any. Costs a
-        forward pass with every such attention computed twice.
-        """
-        x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
-        shares: list[float | None] = []
-        for layer in self._blocks():
-            share = layer.mixer.sparsity(layer.mixer_input(x, side), rope, side)
-            shares.append(None if share is None else float(share.mean()))
-            x = layer(x, rope, None, side)
-        return shares if any(share is not None for share in shares) else None
 
     @torch.no_grad()
     def statistics_by_layer(

@@ -60,6 +60,15 @@ def training_batch(shards: TokenShards, seq_len: int, seed: int, first_sample: i
     return batch
 
 
+def share_of_worker(batches: int, rank: int, workers: int) -> list[int | None]:
+    """Which of the batches 0 ... batches - 1 worker `rank` takes, round by round: t workers + rank in round t.
+
+    None in the last round of a worker that has none left, so that all workers go through as many rounds.
+    """
+    numbers = (start + rank for start in range(0, batches, workers))
+    return [number if number < batches else None for number in numbers]
+
+
 def validation_windows(shards: TokenShards, seq_len: int, max_windows: int) -> npt.NDArray[np.int64]:
     """At most max_windows distinct window numbers, int64, increasing and evenly spread over the split."""
     windows = _require_windows(shards, seq_len)

@@ -28,9 +28,11 @@ from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.checkpoint_saver import CheckpointSaver
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.dtensors import whole_tensors
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, set_learning_rate
+from stages.parallel import check_process_group, clip_gradients, gradient_norm, is_sharded, place_model
 from stages.peers import refuse_peer
 from stages.pretrain_config import PretrainConfig
 from stages.resume import last_logged_step, run_identity
@@ -67,10 +69,12 @@ def train_with(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_peer(config.model, device)
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
-    model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
+    model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
     model.activation_checkpointing = config.activation_checkpointing
+    check_process_group(context)
+    model = place_model(model, config, device, context.world_size)
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
     state = saver.resume(model, optimizer, identity)
@@ -87,13 +91,12 @@ def train_with(
         set_learning_rate(optimizer, lr)
         with autocast:
             losses = accumulate_gradients(model, config, train, state.step, context, eos_id)
-        stop = sum_over_workers(parameters, losses, context)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        stop = sum_over_workers(parameters, losses, config, context)
+        norm = gradient_norm(parameters, config)
         (loss_value, balance, log_z), norm_value = losses.tolist(), norm.item()
         reason = reason_to_skip(state, config, loss_value, norm_value)
         if reason is None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
+            clip_gradients(parameters, config.grad_clip, norm)
             optimizer.step()
         optimizer.zero_grad()
         state.step += 1
@@ -138,9 +141,10 @@ def train_with(
 
     if validation_loss is None or not math.isfinite(validation_loss) or state.loss is None:
         raise RuntimeError(f"after {config.steps} steps the validation loss is {validation_loss}; lower lr={config.lr}")
+    weights = whole_tensors(model.state_dict(), keep=context.rank == 0)
     if context.rank == 0:
         tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
-        save_checkpoint(context.output_dir / "checkpoint", model, corpus.facts["eos_id"], tokenizer)
+        save_checkpoint(context.output_dir / "checkpoint", model, corpus.facts["eos_id"], tokenizer, weights)
         context.log_table("history", state.history)
         context.flush_metrics()
     total, non_embedding = count_parameters(model)
@@ -168,6 +172,8 @@ def train_with(
             "device": device.type,
             "kernel": kernel_used(config),
             "world_size": context.world_size,
+            "parallel": "fsdp" if is_sharded(model) else "replicate",
+            "reduction": config.reduction,
             **under.facts(),
             **preflight,
         },

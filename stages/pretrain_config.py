@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from model.config import ModelConfig
+from model.config import PEERS, WITH_SIDE_SEQUENCE, ModelConfig
 from stages.config_base import StageConfig, operational
 
 
@@ -81,6 +81,14 @@ class PretrainConfig(StageConfig):
     kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
         "auto", description="backend of Lazy Attention"
     )
+    parallel: Literal["replicate", "fsdp"] = operational(
+        "replicate", description="what several workers hold: the whole model each, or shards of its matrices (FSDP2)"
+    )
+    reduction: Literal["all_reduce", "ordered"] = operational(
+        "all_reduce",
+        description="how gradients are summed; ordered: in the order of the micro-batches, so that any number of "
+        "workers gives the same bits",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -105,6 +113,12 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 "document_masking=true does not go with mixer=mamba2, which carries its state across packed documents; "
                 "set document_masking: false in this variant"
+            )
+        if self.parallel == "fsdp" and (self.model.mixer in PEERS or self.model.mixer in WITH_SIDE_SEQUENCE):
+            raise ValueError(
+                f"parallel=fsdp shards block by block, which does not go with mixer={self.model.mixer}: peers are not "
+                "made of our blocks, and a side sequence passes through blocks out of their turn; set "
+                "parallel: replicate in this variant"
             )
         return self
 

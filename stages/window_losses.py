@@ -9,8 +9,9 @@ from torch import Tensor
 from model.chunked_loss import Losses
 from model.loss import next_token_losses
 from model.transformer import Transformer
-from stages.batches import document_borders, read_window
+from stages.batches import document_borders, read_window, share_of_worker
 from stages.contract import Context
+from stages.parallel import is_sharded
 from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 
@@ -42,13 +43,19 @@ def mean_loss(
 ) -> float:
     """Mean next-token loss in nats over the given windows of seq_len tokens, batches shared out over the workers.
 
-    Attention is masked as in training.
+    Attention is masked as in training. The batches' sums are added in order: any number of workers gives one result.
     """
-    total = torch.zeros((), dtype=torch.float64, device=model.embedding.weight.device)
     size = config.micro_batch_size
-    for start in range(context.rank * size, len(windows), context.world_size * size):
+    batches = -(-len(windows) // size)
+    sums = torch.zeros(batches, dtype=torch.float64, device=model.embedding.weight.device)
+    for number in share_of_worker(batches, context.rank, context.world_size):
+        if number is None and not is_sharded(model):
+            continue
+        start = size * (number or 0)  # a worker without a batch still holds parameters that the others compute with
         batch = np.stack([read_window(shards, config.seq_len, w) for w in windows[start : start + size]])
-        total += window_losses(model, batch, eos_id, "sum", chunk_tokens=config.loss_chunk_tokens).cross_entropy
+        loss = window_losses(model, batch, eos_id, "sum", chunk_tokens=config.loss_chunk_tokens).cross_entropy
+        if number is not None:
+            sums[number] = loss
     if context.world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / (len(windows) * config.seq_len)
+        dist.all_reduce(sums)
+    return float(sum(sums.tolist())) / (len(windows) * config.seq_len)
