@@ -113,11 +113,11 @@ def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tm
         crossing = next_token_loss(model, torch.from_numpy(windows)).item()
     assert outputs.metrics["validation_loss"] == pytest.approx(expected, rel=1e-5)
     assert crossing != pytest.approx(expected, rel=5e-5)
-    shares = model.sparsity_by_layer(
+    found = model.statistics_by_layer(
         torch.from_numpy(windows[:2, :-1]).reshape(1, -1), torch.from_numpy(document_borders(windows[:2], eos_id))
     )
     logged = metric_lines(context_in(tmp_path / "masked"))[-1]["metrics"]
-    assert [logged[f"sparsity/layer_{layer}"] for layer in (0, 1)] == pytest.approx(shares)
+    assert [logged[f"sparsity/layer_{layer}"] for layer in (0, 1)] == pytest.approx([share for share, _ in found])
 
     scoring = EvaluateConfig(context_lengths=(16, 32), prompts=("the",), max_new_tokens=2, max_tokens=400)
     losses = {}

@@ -79,8 +79,7 @@ def test_bfloat16_autocast_stays_near_float32(mixer: str) -> None:
 
 
 def config_of(mixer: str, pattern: object, **fields: object) -> PretrainConfig:
-    # Not in the background: a run is stopped by the sight of its checkpoint.
-    config = tiny_run(mixer, steps=16, checkpoint_every=6, validate_every=16, async_checkpoints=False)
+    config = tiny_run(mixer, steps=16, checkpoint_every=6, validate_every=16)
     model = {**config.model.model_dump(), "pattern": pattern, **fields}
     return PretrainConfig.model_validate({**config.model_dump(), "model": model})
 
@@ -92,6 +91,8 @@ def learns_and_resumes(config: PretrainConfig, corpus: Artifact, directory: Path
         stop_requested = property(lambda self: (self.scratch_dir / "checkpoints" / "step-00000006").exists())
 
     inputs = {"tokenize": corpus}
+    # Not in the background: a run is stopped by the sight of its checkpoint.
+    config = config.model_copy(update={"async_checkpoints": False})
     whole = pretrain.run(config, inputs, context_in(directory / "whole"))
     assert whole.facts["nonfinite_steps"] == 0
     assert whole.metrics["validation_loss"] < math.log(corpus.facts["vocab_size"]) - 2.0
