@@ -11,7 +11,7 @@ from model.documents import Documents
 from model.mixers import query_blocks
 from model.transformer import Transformer
 from tests.model.test_lazy_ablations import ABLATIONS
-from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
+from tests.model.tiny_model import VOCAB, awake, some_tokens, sparsity_by_layer, tiny
 
 # A document of one token at each end and between, two of a length, one beyond W = 8 and the windows of swa.
 LENGTHS = [1, 5, 17, 1, 1, 9, 5, 1]
@@ -110,7 +110,7 @@ def test_rows_and_sparsity_are_those_of_the_documents(case: str) -> None:
         length = document.shape[1]
         for layer, _, weights in model.attention_rows(document, length):
             expected[layer, :, begin : begin + length, begin : begin + length] = weights[0]
-        shares = model.sparsity_by_layer(document)
+        shares = sparsity_by_layer(model, document)
         if shares is not None:
             count = length * (length + 1) / 2
             zeros += torch.tensor([float("nan") if share is None else share * count for share in shares])
@@ -118,7 +118,7 @@ def test_rows_and_sparsity_are_those_of_the_documents(case: str) -> None:
         begin += length
     for layer, blocks in rows.items():
         torch.testing.assert_close(torch.cat(blocks, dim=2)[0], expected[layer], rtol=1e-4, atol=1e-6)
-    shares = model.sparsity_by_layer(tokens, CU_SEQLENS)
+    shares = sparsity_by_layer(model, tokens, CU_SEQLENS)
     if shares is None:
         assert (zeros == 0).all()
     else:
@@ -188,7 +188,7 @@ def test_memory_grows_with_the_longest_document_and_not_with_the_row() -> None:
 @pytest.mark.parametrize("mixer", ["standard", "lazy", "mlp"])
 def test_borders_that_do_not_fit_are_refused(mixer: str, cu_seqlens: Tensor, message: str) -> None:
     model = awake(tiny(mixer))
-    for call in (model.forward, model.sparsity_by_layer):
+    for call in (model.forward, model.statistics_by_layer):
         with pytest.raises(ValueError, match=rf"cu_seqlens is .*{message}"):
             call(some_tokens(1, 9), cu_seqlens=cu_seqlens)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.mixers.entmax import EntmaxAttention, entmax15
 from tests.model.oracles import agrees_with, some_heads
-from tests.model.tiny_model import awake, some_tokens, tiny
+from tests.model.tiny_model import awake, some_tokens, sparsity_by_layer, tiny
 
 CONFIG = ModelConfig(hidden_size=32, num_heads=4, num_kv_heads=2)
 
@@ -90,4 +90,4 @@ def test_sparsity_is_the_share_of_zeros_in_the_rows() -> None:
     lower = torch.ones(20, 20).tril().bool()
     counted = [float((weights[..., lower] == 0).float().mean()) for _, _, weights in model.attention_rows(tokens, 20)]
     assert 0.1 < counted[0] < 0.95
-    assert model.sparsity_by_layer(tokens) == pytest.approx(counted)
+    assert sparsity_by_layer(model, tokens) == pytest.approx(counted)

@@ -14,7 +14,7 @@ from model.transformer import Transformer, count_parameters
 from stages.optimizer import split_parameters
 from tests.model.oracles import agrees_with
 from tests.model.test_transformer import SIZES, model_of_size
-from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
+from tests.model.tiny_model import VOCAB, awake, some_tokens, sparsity_by_layer, tiny
 
 CONSTANT = {"lazy_threshold": "constant", "tau_init": -0.1}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def test_decoding_rows_and_sparsity_agree_with_the_forward_pass(name: str, patte
         zeros.setdefault(layer, []).append((weights == 0)[..., seen].float().flatten())
         assert (weights[..., ~seen] == 0).all()
     counted = [float(torch.cat(zeros[layer]).mean()) for layer in (0, 1)]
-    shares = model.sparsity_by_layer(tokens)
+    shares = sparsity_by_layer(model, tokens)
     if "lazy_elastic" in ABLATIONS[name]:
         assert shares is None and max(counted) == 0
     else:

@@ -7,7 +7,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.mixers.stick_breaking import StickBreakingAttention
 from tests.model.oracles import agrees_with
-from tests.model.tiny_model import awake, some_tokens, tiny
+from tests.model.tiny_model import awake, some_tokens, sparsity_by_layer, tiny
 
 
 def mixer_of(remainder: bool = False) -> StickBreakingAttention:
@@ -65,4 +65,4 @@ def test_nothing_is_rotated_and_the_own_key_counts_as_a_zero() -> None:
     rope = (torch.full((10, 8), torch.nan), torch.full((10, 8), torch.nan))
     with torch.no_grad():
         assert model.layers[0].mixer(torch.randn(1, 10, 32), rope).isfinite().all()
-    assert model.sparsity_by_layer(some_tokens(1, 20)) == pytest.approx([20 / 210] * 2)
+    assert sparsity_by_layer(model, some_tokens(1, 20)) == pytest.approx([20 / 210] * 2)

@@ -8,7 +8,7 @@ from model.config import ModelConfig
 from model.mixers import swa
 from model.mixers.swa import SlidingWindowAttention
 from tests.model.oracles import agrees_with
-from tests.model.tiny_model import awake, some_tokens, tiny
+from tests.model.tiny_model import awake, some_tokens, sparsity_by_layer, tiny
 
 
 def mixer_of(window: int, sinks: int) -> SlidingWindowAttention:
@@ -67,4 +67,4 @@ def test_decoding_beyond_the_window(sinks: int) -> None:
 def test_sparsity_is_the_share_outside_the_window() -> None:
     model = awake(tiny("swa", swa_window=6))
     outside = sum(max(0, position + 1 - 6) for position in range(20))
-    assert model.sparsity_by_layer(some_tokens(2, 20)) == pytest.approx([outside / 210] * 2)
+    assert sparsity_by_layer(model, some_tokens(2, 20)) == pytest.approx([outside / 210] * 2)

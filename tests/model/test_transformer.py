@@ -12,7 +12,7 @@ from model.mixers import build_mixer
 from model.mixers.interface import AttentionMixer
 from model.rope import apply_rope, rope_tables
 from model.transformer import Transformer, count_parameters
-from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
+from tests.model.tiny_model import VOCAB, awake, some_tokens, sparsity_by_layer, tiny
 
 # hidden, intermediate, layers, heads, q/k norm, vocabulary, non-embedding, tied, untied, what lazy adds at W = 512
 SIZES = {
@@ -143,13 +143,13 @@ def test_softmax_has_no_zeros_and_the_lazy_kernel_counts_its_own() -> None:
     standard = awake(tiny("standard"))
     for _, _, weights in standard.attention_rows(tokens, query_block=32):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 21))
-    assert standard.sparsity_by_layer(tokens) is None
+    assert sparsity_by_layer(standard, tokens) is None
     lower = torch.ones(21, 21).tril().bool()
     lazy = awake(tiny("lazy"))
     counted = [float((weights[..., lower] == 0).float().mean()) for _, _, weights in lazy.attention_rows(tokens, 32)]
     assert 0.1 < counted[0] < 0.9
-    assert lazy.sparsity_by_layer(tokens) == pytest.approx(counted, abs=2e-3)
-    hybrid = awake(tiny("lazy", pattern="first")).sparsity_by_layer(tokens)
+    assert sparsity_by_layer(lazy, tokens) == pytest.approx(counted, abs=2e-3)
+    hybrid = sparsity_by_layer(awake(tiny("lazy", pattern="first")), tokens)
     assert hybrid is not None and hybrid[0] is None and hybrid[1] > 0.1
 
 

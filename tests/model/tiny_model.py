@@ -1,6 +1,7 @@
 """Models small enough for every test, random enough for a mistake to show."""
 
 import torch
+from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -36,3 +37,11 @@ def with_side_text(model: Transformer) -> Transformer:
 
 def some_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sparsity_by_layer(
+    model: Transformer, tokens: Tensor, cu_seqlens: Tensor | None = None
+) -> list[float | None] | None:
+    """Share of exactly-zero attention weights of each layer; None where no layer can have any."""
+    shares = [share for share, _ in model.statistics_by_layer(tokens, cu_seqlens)]
+    return shares if any(share is not None for share in shares) else None

@@ -16,6 +16,7 @@ from stages.batches import read_window, validation_windows
 from stages.configs import SparsityConfig
 from stages.contract import Artifact, Interrupted, Outputs, Refusal
 from stages.shards import TokenShards
+from tests.model.tiny_model import sparsity_by_layer
 from tests.stages.tiny_experiment import VOCAB_SIZE, context_in, model_config, pretrained, tokenized, trained_looking
 
 # Drawing costs most of the time: only the two shared runs draw attention maps.
@@ -72,7 +73,7 @@ def test_lazy_sparsity_is_the_share_the_kernel_itself_cuts(lazy: Finished, corpu
     metrics = lazy.outputs.metrics
     shards = TokenShards(corpus.path / "validation")
     windows = np.stack([read_window(shards, 32, w)[:-1] for w in validation_windows(shards, 32, 4)])
-    kernel = lazy.model.sparsity_by_layer(torch.from_numpy(windows))
+    kernel = sparsity_by_layer(lazy.model, torch.from_numpy(windows))
     assert kernel is not None
     # One of the 4 x 4 x 528 pairs may flip at the threshold by another order of summation.
     assert metrics["sparsity/layer_0"] == pytest.approx(kernel[0], abs=2e-4)
