@@ -26,6 +26,8 @@ def warn_of_settings(config: PretrainConfig) -> None:
             f"mixer={config.model.mixer} is not; they change nothing",
             stacklevel=2,
         )
+    if config.spike_sigma is None and config.spike_window != type(config).model_fields["spike_window"].default:
+        warnings.warn(f"spike_window={config.spike_window} has no effect without spike_sigma", stacklevel=2)
     if config.tau_bias_lr_multiplier != 1 and not config.tau_bias_apart:
         warnings.warn(
             f"tau_bias_lr_multiplier={config.tau_bias_lr_multiplier:g} is for tau and the distance bias of Lazy "

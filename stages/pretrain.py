@@ -38,7 +38,7 @@ from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, last_logged_step, read_resume_checkpoint, run_identity, write_resume_checkpoint
 from stages.schedule import learning_rate
 from stages.shards import TokenShards
-from stages.skipped_steps import count_nonfinite
+from stages.skipped_steps import diverged, divergence, reason_to_skip, record
 from stages.training_numbers import step_numbers
 from stages.window_losses import mean_loss
 
@@ -82,15 +82,16 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         (loss_value, balance, log_z), norm_value = losses.tolist(), norm.item()
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if finite:
+        reason = reason_to_skip(state, config, loss_value, norm_value)
+        if reason is None:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm, foreach=True)
             optimizer.step()
         optimizer.zero_grad()
         state.step += 1
         seconds = time.perf_counter() - started
         state.train_seconds += seconds
-        count_nonfinite(state, finite, loss_value, norm_value, lr)
+        record(state, config, reason, loss_value, norm_value)
+        gave_up = diverged(state, config)
 
         last = state.step == config.steps
         validate = last or state.step % config.validate_every == 0
@@ -115,15 +116,18 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             tokens_per_s=config.tokens_per_step / seconds,
             eta_s=(config.steps - state.step) * state.train_seconds / state.step,
         )
-        if not last and (stop or state.step % config.checkpoint_every == 0):
+        if gave_up or (not last and (stop or state.step % config.checkpoint_every == 0)):
             if context.rank == 0:
                 write = partial(
                     write_resume_checkpoint, model=model, optimizer=optimizer, state=state, identity=identity
                 )
                 context.save_checkpoint(state.step, write, keep=config.keep_checkpoints)
-            if stop:
+            if stop or gave_up:
                 if context.world_size > 1:
                     dist.barrier()  # a worker that leaves first may get the others killed before the save
+                if gave_up:
+                    folder = context.scratch_dir / "checkpoints"
+                    raise RuntimeError(divergence(state, loss_value, norm_value, lr, folder))
                 raise Interrupted(f"pretraining stopped at step {state.step} of {config.steps}; its state is saved")
 
     if validation_loss is None or not math.isfinite(validation_loss) or state.loss is None:
@@ -151,6 +155,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "tokens": tokens,
             "document_masking": config.document_masking,
             "nonfinite_steps": state.nonfinite_steps,
+            "spikes_skipped": state.spikes_skipped,
             "threads": torch.get_num_threads(),
             "device": device.type,
             "kernel": kernel_used(config),

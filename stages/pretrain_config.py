@@ -37,6 +37,10 @@ class PretrainConfig(StageConfig):
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW beta2")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     grad_clip: float = Field(1.0, gt=0, description="maximum global gradient norm")
+    spike_sigma: float | None = Field(
+        None, gt=0, description="skip a step whose loss or gradient norm is this many sigma above the mean; null: none"
+    )
+    spike_window: int = Field(128, gt=1, description="finite steps that mean and sigma of spike_sigma are taken over")
     sink_balance: float = Field(
         0.0,
         ge=0,
@@ -59,6 +63,9 @@ class PretrainConfig(StageConfig):
     checkpoint_every: int = operational(100, gt=0, description="steps between resume checkpoints")
     keep_checkpoints: int = operational(2, gt=0, description="resume checkpoints kept")
     log_every: int = operational(1, gt=0, description="steps between logged training metrics")
+    max_nonfinite_in_a_row: int = operational(
+        10, gt=0, description="steps in a row without a finite loss and gradient norm after which training gives up"
+    )
     loss_chunk_tokens: int | None = operational(
         None, gt=0, description="predictions whose logits exist at a time; null: all up to 256 MiB of logits"
     )

@@ -34,6 +34,9 @@ class RunState:
     loss: float | None = None  # of the last step whose loss was finite
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
+    spikes_skipped: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # what stages/skipped_steps.py judges a spike by
+    recent_norms: list[float] = field(default_factory=list)
     train_seconds: float = 0.0
     history: list[dict[str, float | None]] = field(default_factory=list)
 

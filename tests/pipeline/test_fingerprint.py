@@ -74,6 +74,8 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "beta2": 0.95,
         "adam_eps": 1e-8,
         "grad_clip": 1.0,
+        "spike_sigma": None,
+        "spike_window": 128,
         "seed": 0,
         "dtype": "float32",
         "document_masking": False,
@@ -203,7 +205,8 @@ def test_operational_fields_are_the_rest_with_dotted_names() -> None:
         names = {name.partition(".")[0] for name in operational_fields(model())}
         assert names <= set(model.model_fields), stage
     assert set(operational_fields(PretrainConfig())) == {
-        *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "loss_chunk_tokens", "kernel")
+        *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "loss_chunk_tokens", "kernel"),
+        "max_nonfinite_in_a_row",
     }
 
 
