@@ -133,6 +133,7 @@ def training_memory(
     dtype: Literal["float32", "bfloat16"],
     workers: int = 1,
     loss_chunk_tokens: int | None = None,
+    activation_checkpointing: Literal["none", "block", "selective"] = "none",
 ) -> Memory:
     """Memory of one data-parallel worker, which holds the whole model."""
     predictions = micro_batch_size * seq_len
@@ -144,12 +145,16 @@ def training_memory(
     kinds = [_kind(config, mixer) for mixer in config.layer_mixers]
     layers = [_saved_bytes(config, kind, seq_len, rows, half) for kind in kinds]
     block = max(_block_bytes(config, kind, seq_len, half) for kind in kinds)
+    kept = sum(layers)
+    if activation_checkpointing != "none":  # beside what is kept, one block in full at a time
+        each = _checkpointed_bytes(config, half, activation_checkpointing == "selective")
+        kept = sum(min(layer, each) for layer in layers) + max(layers)
     tokens = rows * seq_len
     return Memory(
         weights=parameters * (6 if half else 4),
         gradients=parameters * 4 * (1 if workers == 1 else 2),
         optimizer=parameters * 8,
-        activations=round(tokens * (sum(layers) + max(layers) + block + 16 * config.hidden_size)),
+        activations=round(tokens * (kept + max(layers) + block + 16 * config.hidden_size)),
         logits=chunk * vocab_size * (16 if half else 12) + finished,
     )
 
@@ -207,6 +212,17 @@ def _saved_bytes(config: ModelConfig, mixer: str, seq_len: int, rows: int, half:
     elif mixer in IN_QUERY_BLOCKS and seq_len > QUERY_ROWS:
         pairs = 0
     return block + own + pairs
+
+
+def _checkpointed_bytes(config: ModelConfig, half: bool, selective: bool) -> float:
+    """Bytes per token of a checkpointed layer: its input and, of `elliptical`, the values of the layer below; if
+    selective, the outputs of its matrix products and of its attention too."""
+    number, kv_size = 2 if half else 4, config.kv_heads * config.head_dim
+    kept: float = 4 * config.hidden_size + (number * kv_size if config.mixer == "elliptical" else 0)
+    if selective:
+        mixer = max(3 * config.hidden_size + 2 * kv_size, 2 * config.mlp_mixer_size + config.hidden_size)
+        kept += number * (mixer + 2 * config.mlp_size + config.hidden_size) + 4 * config.num_heads
+    return kept
 
 
 def _block_bytes(config: ModelConfig, mixer: str, seq_len: int, half: bool) -> float:

@@ -1,11 +1,13 @@
 """A decoder-only transformer: pre-norm blocks of a token mixer and a SwiGLU MLP, RMSNorm, RoPE, no biases."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.activation_checkpointing import checkpointed
 from model.cache import DecodingState, LayerCache
 from model.config import WITH_SIDE_SEQUENCE, WITHOUT_ATTENTION, ModelConfig
 from model.documents import Documents
@@ -46,7 +48,11 @@ class Transformer(nn.Module):
 
     kernel: backend of Lazy Attention (auto, reference, blockwise, triton); it changes speed and rounding only.
     On the meta device the weights stay unmade, for counting and for loading a checkpoint into.
+
+    activation_checkpointing: what of the blocks the backward pass computes again (activation_checkpointing.py).
     """
+
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, kernel: str = "auto") -> None:
         super().__init__()
@@ -95,8 +101,8 @@ class Transformer(nn.Module):
             cache.check_room(tokens.shape[1])
         x, rope, side = self.enter(tokens, 0 if cache is None else cache.length, cu_seqlens)
         side.head_mass = head_mass
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache.layers[index], side)
+        for index, layer in enumerate(self._blocks()):
+            x = self._through(layer, x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
             cache.length += tokens.shape[1]
         out: Tensor = self.final_norm(x)
@@ -186,8 +192,15 @@ class Transformer(nn.Module):
                 found[block.index] = Maps(*block.mixer.side_maps(block.mixer_norm(x), rope))
             if block.index == last:
                 break
-            x = block(x, rope, None, side)
+            x = self._through(block, x, rope, None, side)
         return found
+
+    def _through(self, block: Block, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
+        """block(x, rope, cache, side), checkpointed where asked for and a backward pass may come."""
+        if self.activation_checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
+            out: Tensor = block(x, rope, cache, side)
+            return out
+        return checkpointed(block, block.mixer, x, rope, side, self.activation_checkpointing == "selective")
 
     def _rope(self, start: int, end: int) -> Rope:
         config = self.config

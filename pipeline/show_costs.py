@@ -76,7 +76,11 @@ def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str
         if vocab is not None:
             shape = (model, vocab.size, config.seq_len, config.micro_batch_size)
             memory = training_memory(
-                *shape, config.dtype, experiment.resources.pretrain.workers, config.loss_chunk_tokens
+                *shape,
+                config.dtype,
+                experiment.resources.pretrain.workers,
+                config.loss_chunk_tokens,
+                config.activation_checkpointing,
             )
             row |= {
                 "parameters": parameter_count(model, vocab.size),

@@ -34,6 +34,12 @@ def warn_of_settings(config: PretrainConfig) -> None:
             "Attention, of which this model has none",
             stacklevel=2,
         )
+    if config.activation_checkpointing != "none" and config.model.mixer in PEERS:
+        warnings.warn(
+            f"activation_checkpointing={config.activation_checkpointing} is for blocks of our own; "
+            f"mixer={config.model.mixer} trains without",
+            stacklevel=2,
+        )
     if config.sink_balance and config.model.mixer != "sink":
         warnings.warn(
             f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "

@@ -63,6 +63,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel).to(device)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
+    model.activation_checkpointing = config.activation_checkpointing
     optimizer = build_optimizer(model, config)
     identity = run_identity(config, corpus)
     state = resume(model, optimizer, identity, context)

@@ -69,6 +69,9 @@ class PretrainConfig(StageConfig):
     loss_chunk_tokens: int | None = operational(
         None, gt=0, description="predictions whose logits exist at a time; null: all up to 256 MiB of logits"
     )
+    activation_checkpointing: Literal["none", "block", "selective"] = operational(
+        "none", description="compute blocks again in the backward pass: all of them, or what is cheap; saves memory"
+    )
     kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
         "auto", description="backend of Lazy Attention"
     )

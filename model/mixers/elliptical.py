@@ -1,5 +1,7 @@
 """Elliptical attention (Nielsen et al. 2024, arXiv 2406.13770): what changes between layers counts for more."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ class EllipticalAttention(StandardAttention):
     its largest coordinate. The first attention layer has m = 1. (The original averages over the whole sequence, which a
     causal model cannot see.)
     """
+
+    reads_values: ClassVar[bool] = True
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
         below = None if side is None else side.values

@@ -53,6 +53,7 @@ class TokenMixer(nn.Module):
 
     reads_embeddings: ClassVar[bool] = False
     reads_side_sequence: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False  # of the attention layer below
 
     @abstractmethod
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
