@@ -54,9 +54,9 @@ def test_gradients_are_the_same_under_autocast(mode: str, mixer: str) -> None:
         assert torch.equal(gradient, expected[name]), name
 
 
-@pytest.mark.parametrize(("mode", "products"), [("none", 0), ("block", 7), ("selective", 0)])
+@pytest.mark.parametrize(("mode", "products"), [("none", 0), ("block", 6), ("selective", 0)])
 def test_selective_repeats_no_product_with_weights(mode: Any, products: int) -> None:
-    """7 per block (q, k, v, o; gate, up, down), on top of the backward pass's own two each and the head's two."""
+    """Of 7 per block (q, k, v, o; gate, up, down) 6, as nobody asks for the last; and two each in any backward pass."""
     model = awake(tiny("standard")).train()
     counted = 0
 
@@ -74,27 +74,26 @@ def test_selective_repeats_no_product_with_weights(mode: Any, products: int) -> 
 
 
 SHAPE = {"hidden_size": 128, "num_layers": 8, "num_heads": 4, "max_seq_len": 256, "max_bias_length": 64}
-ROWS, LENGTH, VOCAB = 16, 256, 64
+ROWS, LENGTH, VOCAB = 8, 256, 64
 
 
 def training_pass(mixer: str, mode: Any) -> Callable[[], None]:
     model = Transformer(ModelConfig.model_validate({**SHAPE, "mixer": mixer}), VOCAB)
     model.activation_checkpointing = mode
     windows = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    next_token_losses(model, windows[:1]).objective.backward()  # type: ignore[no-untyped-call]  # torch's code and buffers
     return lambda: next_token_losses(model, windows).objective.backward()  # type: ignore[no-untyped-call]
 
 
 @needs_linux
-@pytest.mark.parametrize("mixer", ["lazy"])
-def test_peak_memory_falls_as_estimated(mixer: str) -> None:
+def test_peak_memory_falls_as_estimated() -> None:
+    config = ModelConfig.model_validate({**SHAPE, "mixer": "standard"})
     peaks = []
     for mode in ("none", "selective", "block"):
-        config = ModelConfig.model_validate({**SHAPE, "mixer": mixer})
         memory = training_memory(config, VOCAB, LENGTH, ROWS, "float32", activation_checkpointing=mode)
-        estimate = (memory.activations + memory.logits + memory.gradients) / 2**20
-        peaks.append(peak_mib(training_pass, mixer, mode))
-        print(mode, peaks[-1], estimate)
-        assert 0.5 * estimate < peaks[-1] < estimate + 80  # torch's own code is paged in as well
+        estimate = (memory.activations + memory.logits) / 2**20
+        peaks.append(peak_mib(training_pass, "standard", mode))
+        assert 0.5 * estimate < peaks[-1] < 1.05 * estimate
     none, selective, block = peaks
-    assert block < 0.5 * none
+    assert block < 0.3 * none
     assert block < selective < 0.8 * none
