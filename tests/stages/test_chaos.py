@@ -24,7 +24,7 @@ from tests.accidents import (
 )
 from tests.stages.toy_training import start_process, tiny_run, toy_corpus
 
-STEPS, EVERY = 160, 10
+STEPS, EVERY = 120, 5
 ACCIDENTS = ("stop", "damage", "disk_full")  # the last two end in kill -9
 
 
@@ -32,7 +32,8 @@ def test_a_run_with_accidents_ends_as_the_undisturbed_one(tmp_path: Path, chaos_
     rng = random.Random(chaos_seed)
     corpus = toy_corpus(tmp_path / "corpus").path.parent
     config = tiny_run("lazy", steps=STEPS, checkpoint_every=EVERY, validate_every=STEPS)
-    scratch = tmp_path / "scratch"
+    calm, scratch = tmp_path / "calm", tmp_path / "scratch"
+    undisturbed = start_process(corpus, calm, config)
     scratch.mkdir()
 
     def attempt(number: int) -> tuple[Path, BaseProcess]:
@@ -63,8 +64,6 @@ def test_a_run_with_accidents_ends_as_the_undisturbed_one(tmp_path: Path, chaos_
     result = json.loads((directory / "result-0.json").read_text())
     assert (result["facts"]["resumed_from"], result["facts"]["steps_executed"]) == (before, STEPS - before)
     assert logged == [*range(1, STEPS + 1)]
-    calm = tmp_path / "calm"
-    undisturbed = start_process(corpus, calm, config)
     undisturbed.join(120)
     expected, found = (load_file(run / "output" / "checkpoint" / "model.safetensors") for run in (calm, directory))
     assert all(tensor.equal(found[name]) for name, tensor in expected.items()) and expected.keys() == found.keys()
