@@ -19,7 +19,7 @@ from model.transformer import Transformer
 from stages import pretrain, window_losses
 from stages.batches import training_batch, validation_windows
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
-from stages.optimizer import build_optimizer
+from stages.optimizer import build_optimizer, optimizer_tensors
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState, read_resume_checkpoint, run_identity, write_resume_checkpoint
 from stages.shards import TokenShards
@@ -203,19 +203,16 @@ def test_a_field_that_a_checkpoint_does_not_know_was_at_its_default(corpus: Arti
     model = Transformer(config.model, corpus.facts["vocab_size"])
     optimizer, identity = build_optimizer(model, config), run_identity(config, corpus)
     older = {name: value for name, value in identity.items() if name not in ("model.lazy_rope", "document_masking")}
-    write_resume_checkpoint(tmp_path, model, optimizer, RunState(step=3), older)
+    write_resume_checkpoint(tmp_path, model.state_dict(), optimizer_tensors(optimizer, model), RunState(step=3), older)
     assert read_resume_checkpoint(tmp_path, model, optimizer, identity).step == 3
     for name, value in (("model.lazy_rope", False), ("document_masking", True)):
         with pytest.raises(Refusal, match=rf"written with {name}={not value}, this run has {name}={value}"):
             read_resume_checkpoint(tmp_path, model, optimizer, {**identity, name: value})
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_workers_share_the_micro_batches(
-    corpus: Artifact, undisturbed: dict[str, Path], tmp_path: Path, world_size: int
-) -> None:
-    """2 micro-batches a step: one each for two workers; the third of three contributes zeros."""
-    rendezvous = tmp_path / "rendezvous"
+def test_workers_share_the_micro_batches(corpus: Artifact, undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    """2 micro-batches a step for three workers: the third contributes zeros. More in tests/stages/test_workers.py."""
+    world_size, rendezvous = 3, tmp_path / "rendezvous"
     workers = [
         start_process(corpus.path.parent, tmp_path, tiny_run("standard"), 0, rank, world_size, rendezvous)
         for rank in range(world_size)
