@@ -11,6 +11,7 @@ Nothing in a block draws random numbers, so on one machine the gradients are tho
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ def checkpointed(
         out = block(x, rope, None, own)
         return out, own.values, own.head_mass or []
 
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    contexts: dict[str, Any] = {}
+    if selective:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     out: Tensor
     out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **contexts)
     side.values = side.values if left is None else left

@@ -201,12 +201,9 @@ def test_a_checkpoint_of_another_config_is_refused(
     assert outputs.facts["resumed_from"] == 1
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_workers_share_the_micro_batches(
-    corpus: Artifact, undisturbed: dict[str, Path], tmp_path: Path, world_size: int
-) -> None:
-    """2 micro-batches a step: one each for two workers; the third of three contributes zeros."""
-    rendezvous = tmp_path / "rendezvous"
+def test_workers_share_the_micro_batches(corpus: Artifact, undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    """2 micro-batches a step for three workers: the third contributes zeros. More in tests/stages/test_workers.py."""
+    world_size, rendezvous = 3, tmp_path / "rendezvous"
     workers = [
         start_process(corpus.path.parent, tmp_path, tiny_run("standard"), 0, rank, world_size, rendezvous)
         for rank in range(world_size)
