@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed first and pinned, so that no later resolution replaces it. GPU boxes: see README, "Set-up".
 TORCH ?= torch==2.13.0
 
-.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long lint format clean
+.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long loss-compare lint format clean
 
 help:
 	@echo "make quickstart   set up .venv and run configs/quickstart.yaml"
@@ -14,6 +14,7 @@ help:
 	@echo "make deconstruct-seeds   the close ones of them with three seeds"
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make test-long    the wide searches and full matrices as well"
+	@echo "make loss-compare AGAINST=HEAD~1   does training give the same bits as at another commit?"
 	@echo "make lint         ruff, mypy (strict), import directions"
 	@echo "make format       ruff format and the safe fixes"
 	@echo "make install      only set up .venv"
@@ -45,6 +46,10 @@ test: $(VENV)/.installed-test
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+AGAINST ?= HEAD~1
+loss-compare: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python tests/loss_compare.py --against $(AGAINST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

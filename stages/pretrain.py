@@ -30,6 +30,7 @@ from model.transformer import Transformer, count_parameters
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.determinism import deterministic_if_asked
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -42,6 +43,7 @@ from stages.training_numbers import machine, run_numbers, speed_numbers, step_nu
 from stages.window_losses import mean_loss
 
 
+@deterministic_if_asked
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Train `config.model` on the tokenized corpus; see stages/contract.py for `context`.
 

@@ -50,6 +50,10 @@ class PretrainConfig(StageConfig):
     kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
         "auto", description="backend of Lazy Attention"
     )
+    deterministic: bool = operational(
+        False,
+        description="the same bits from every run on the same GPU, slower; on a CPU runs repeat themselves anyway",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
