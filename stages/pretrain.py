@@ -198,3 +198,11 @@ def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
             f"{shards.num_tokens}; lower model.max_seq_len or add text"
         )
     return shards.read(0, count)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from stages.pretrain_command import main
+
+    sys.exit(main(sys.argv[1:]))
