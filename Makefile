@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 SEED ?= 0
 
-.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long chaos lint format clean
+.PHONY: help install quickstart deconstruct deconstruct-seeds test test-long chaos loss-compare lint format clean
 
 help:
 	@echo "make quickstart   set up .venv and run configs/quickstart.yaml"
@@ -17,6 +17,7 @@ help:
 	@echo "make test         set up .venv and run the test suite"
 	@echo "make test-long    the wide searches and full matrices as well"
 	@echo "make chaos        runs killed and damaged at random points (SEED=n) end bit for bit as undisturbed ones"
+	@echo "make loss-compare AGAINST=HEAD~1   does training give the same bits as at another commit?"
 	@echo "make lint         ruff, mypy (strict), import directions"
 	@echo "make format       ruff format and the safe fixes"
 	@echo "make install      only set up .venv"
@@ -51,6 +52,10 @@ test-long: $(VENV)/.installed-test
 
 chaos: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s tests/stages/test_chaos.py tests/pipeline/test_chaos.py --chaos-seed $(SEED)
+
+AGAINST ?= HEAD~1
+loss-compare: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python tests/loss_compare.py --against $(AGAINST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

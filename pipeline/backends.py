@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from pipeline.execute import MapFunction, StageTask, execute_stage, map_in_processes
+from pipeline.execute import MapFunction, StageTask, execute_stage, map_in_processes, sigterm_saves
 from pipeline.experiment import Experiment, PretrainResources, StageResources
 from pipeline.plan import Node
 from stages.contract import Refusal, first_line
@@ -286,12 +286,15 @@ def _stage_task(task: StageTask, *input_paths: str) -> str:
     """The body of every DAG node."""
     from pipeline.launch import pretrain_on_workers
 
-    on_workers = task.stage == "pretrain" and not PretrainResources.model_validate(task.resources).in_task
+    if task.stage == "pretrain":
+        with sigterm_saves(task.entry / "scratch"):
+            on_workers = not PretrainResources.model_validate(task.resources).in_task
+            return execute_stage(task, input_paths, map_with_ray, run=pretrain_on_workers if on_workers else None)
     mapping: MapFunction = map_with_ray
     if task.stage == "evaluate":
         held = StageResources.model_validate(task.resources)
         mapping = partial(map_with_ray, cpus=held.cpus or 1.0, gpus=held.gpus)
-    return execute_stage(task, input_paths, mapping, run=pretrain_on_workers if on_workers else None)
+    return execute_stage(task, input_paths, mapping)
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:

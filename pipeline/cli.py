@@ -92,12 +92,19 @@ def plan(
     ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check the sha256 of every stored file")] = False,
     as_json: JsonOption = False,
+    printed: Annotated[
+        str | None,
+        typer.Option("--print", metavar="STAGE[/VARIANT]", help="only print its resolved config, as JSON"),
+    ] = None,
 ) -> None:
     """What would run, what is cached, and why. Computes nothing, writes nothing but a cache of file hashes."""
     from pipeline.experiment import load_experiment
-    from pipeline.inspect_store import show_plan
+    from pipeline.inspect_store import print_config, show_plan
     from pipeline.plan import Selection
 
+    if printed is not None:
+        print_config(load_experiment(config, overrides or ()), printed)
+        return
     selection = Selection(tuple(only or ()), tuple(start or ()), tuple(force or ()))
     show_plan(load_experiment(config, overrides or ()), root, selection, explain, verify, as_json, console())
 
@@ -270,9 +277,9 @@ def generate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels, tokenize, generate or evaluate")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels, tokenize, pretrain, generate or evaluate")],
 ) -> None:
-    """Time kernels, tokenization, decoding or the benchmarks against others; `bench WHAT --help` lists the options."""
+    """Time one of them against others; `bench WHAT --help` lists the options."""
     from pipeline.document import nearest
 
     if what == "generate":
@@ -289,8 +296,12 @@ def bench(
         from stages.harness_bench import main as bench_evaluate
 
         raise typer.Exit(bench_evaluate(context.args))
+    if what == "pretrain":
+        from stages.pretrain_bench import main as bench_pretrain
+
+        raise typer.Exit(bench_pretrain(context.args))
     if what != "kernels":
-        known = ["kernels", "tokenize", "generate", "evaluate"]
+        known = ["kernels", "tokenize", "pretrain", "generate", "evaluate"]
         raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, known)}")
     from kernels.bench import main as bench_kernels
 

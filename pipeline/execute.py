@@ -9,15 +9,18 @@ import importlib
 import json
 import os
 import platform
+import signal
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pipeline.code_version import code_version
@@ -114,6 +117,23 @@ def run_in_process(
     module = importlib.import_module(STAGE_MODULES[task.stage])
     outputs: Outputs = module.run(config, inputs, context)
     return outputs
+
+
+@contextmanager
+def sigterm_saves(scratch: Path) -> Iterator[None]:
+    """Inside, SIGTERM asks the stage to save and leave as the driver does, by a file in its scratch directory.
+
+    For a stage process that is ended by itself: by whoever drains its node, or by hand.
+    """
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        (scratch / "stop").touch()
+
+    previous = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _manifest(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.document import nearest
 from pipeline.experiment import Experiment, load_experiment, resolve_root
 from pipeline.lease import living_holder
 from pipeline.plan import STAGES, Selection, build_nodes, decide, explain
@@ -19,6 +20,7 @@ from pipeline.preflight import inspect_sources
 from pipeline.run import print_plan
 from pipeline.show_costs import cost_rows, show_costs, vocabulary
 from pipeline.store import Entry, Store
+from stages.config_base import StageConfig
 from stages.contract import Refusal
 
 
@@ -81,6 +83,17 @@ def show_plan(
     count = sum(d.action == "run" for d in decisions.values())
     show_costs(costs, console)
     console.print(f"{count} of {len(decisions)} stages would run", highlight=False)
+
+
+def print_config(experiment: Experiment, node_id: str) -> None:
+    """The resolved config of a stage as JSON: of pretrain/VARIANT it is what `python -m stages.pretrain` takes."""
+    configs: dict[str, StageConfig] = {"tokenize": experiment.tokenize, "report": experiment.report}
+    for name, variant in experiment.variants.items():
+        for stage in ("pretrain", "evaluate", "sparsity"):
+            configs[f"{stage}/{name}"] = getattr(variant, stage)
+    if node_id not in configs:
+        raise Refusal(f"--print {node_id}: there is no such stage{nearest(node_id, configs)}")
+    print(json.dumps(configs[node_id].model_dump(mode="json"), indent=1))
 
 
 def show_status(

@@ -28,6 +28,7 @@ from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.checkpoint_saver import CheckpointSaver
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.determinism import deterministic_if_asked
 from stages.dtensors import whole_tensors
 from stages.gradients import accumulate_gradients, sum_over_workers
 from stages.lazy_numbers import lazy_numbers, summary
@@ -43,6 +44,7 @@ from stages.training_numbers import machine, run_numbers, speed_numbers, step_nu
 from stages.window_losses import mean_loss
 
 
+@deterministic_if_asked
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Train `config.model` on the tokenized corpus; see stages/contract.py for `context`.
 
@@ -188,3 +190,11 @@ def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
             f"{shards.num_tokens}; lower model.max_seq_len or add text"
         )
     return shards.read(0, count)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from stages.pretrain_command import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -89,6 +89,10 @@ class PretrainConfig(StageConfig):
         description="how gradients are summed; ordered: in the order of the micro-batches, so that any number of "
         "workers gives the same bits",
     )
+    deterministic: bool = operational(
+        False,
+        description="the same bits from every run on the same GPU, slower; on a CPU runs repeat themselves anyway",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -139,7 +139,9 @@ def comparison(title: str, tokenize: Artifact, variants: Sequence[Variant]) -> d
     }
     columns = ["variant", "mixer", "validation_loss", "perplexity", "bits_per_byte"]
     columns += [f"{PERPLEXITY_AT}{length}" for length in sorted(extrapolated)[-1:]]
-    columns += ["sparsity", "untrained_sparsity", "near_zero", "surviving_mass", "sink", "tokens_per_s", "parameters"]
+    columns += ["sparsity", "untrained_sparsity", "near_zero", "surviving_mass", "sink", "tokens_per_s"]
+    columns += [name for name in ("mfu", "peak_memory_gb") if any(row[name] is not None for row in rows)]
+    columns.append("parameters")
     if len(rows) > 1:
         columns.append("parameters_difference")
     return {
@@ -168,6 +170,8 @@ def variant_row(variant: Variant) -> dict[str, Any]:
         "training_loss": pretrain.metrics.get("loss"),
         "tokens_per_s": pretrain.metrics.get("tokens_per_s"),
         "train_seconds": pretrain.metrics.get("train_seconds"),
+        "mfu": pretrain.metrics.get("mfu"),
+        "peak_memory_gb": pretrain.metrics.get("peak_memory_gb"),
         **evaluate.metrics,
         **{name: value for name, value in sparsity.metrics.items() if "/" not in name},
     }

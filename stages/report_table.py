@@ -76,6 +76,8 @@ COLUMNS = (
     Column("surviving_mass", "surviving mass", "", small),
     Column("sink", "sink", "sink", small),
     Column("tokens_per_s", "training tokens/s", "tokens/s", count, "highest"),
+    Column("mfu", "MFU", "MFU", share, "highest"),
+    Column("peak_memory_gb", "training memory (GB)", "", small, "lowest"),
     Column("parameters", "parameters", "params", count),
     Column("parameters_difference", "against {}", "", difference),
 )

@@ -104,3 +104,30 @@ def test_an_interrupt_saves_and_leaves_the_run_resumable(tmp_path: Path) -> None
     states = {(row["stage"], row["variant"]): row["state"] for row in status}
     assert states["pretrain", "lazy"] == "interrupted"
     assert not list(root.glob("store/*/*/lease.json"))
+
+
+@pytest.mark.long
+def test_a_stage_process_that_is_terminated_saves_and_the_run_is_resumable(tmp_path: Path) -> None:
+    """SIGTERM to the Ray worker that trains, not to the driver: as when its node is drained."""
+    config = write_experiment(tmp_path)
+    root = tmp_path / "output"
+    process = start(config, "--only", "pretrain/lazy", "pretrain.steps=100000", "pretrain.checkpoint_every=100000")
+    try:
+        deadline = time.monotonic() + 120
+        while not (logged := list(root.glob("store/pretrain/*/g0001/metrics.jsonl"))) or not logged[0].read_bytes():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        trainers = [
+            p for p in family if p.name().startswith("ray::pretrain") or "ray::pretrain" in " ".join(p.cmdline())
+        ]
+        assert len(trainers) == 1
+        trainers[0].terminate()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output.decode()
+    saved = list(root.glob("store/pretrain/*/scratch/checkpoints/step-*/manifest.json"))
+    assert len(saved) == 1, output.decode()
+    runs = {r.info.run_name: r.info.status for r in mlflow_runs(root)}
+    assert runs["pretrain/lazy"] == "KILLED"
