@@ -29,6 +29,8 @@ FROZEN_DEFAULTS: dict[tuple[str, int], dict[str, Any]] = {
         "tokenizer.kind": "train",
         "tokenizer.vocab_size": 2048,
         "validation_fraction": 0.05,
+        "filters.min_chars": 0,
+        "filters.exact_duplicates": "keep",
         "token_dtype": "uint16",
         "invalid_utf8": "replace",
     },
@@ -200,7 +202,7 @@ def test_a_nested_default_is_told_apart_from_the_default_of_its_class() -> None:
 
 def test_operational_fields_are_the_rest_with_dotted_names() -> None:
     config = TokenizeConfig(source=FilesSource(kind="files", paths=("/a",)))
-    assert operational_fields(config) == {"source.paths": ("/a",), "shard_bytes": 64 * 2**20}
+    assert operational_fields(config) == {"source.paths": ("/a",), "shard_bytes": 64 * 2**20, "copy_to": None}
     for stage, model in STAGE_CONFIGS.items():
         names = {name.partition(".")[0] for name in operational_fields(model())}
         assert names <= set(model.model_fields), stage
