@@ -70,7 +70,7 @@ def test_a_run_with_accidents_ends_as_the_undisturbed_one(tmp_path: Path, chaos_
 
 
 def strike(accident: str, process: BaseProcess, scratch: Path, metrics: Path, rng: random.Random) -> int:
-    """Kill the process, after or before the damage; the step of the checkpoint that the next attempt must go on from."""
+    """Kill the process; returns the step of the checkpoint that the next attempt must go on from."""
     pid = process.pid
     assert pid is not None
     if accident == "disk_full":
