@@ -108,7 +108,7 @@ def train_in_a_process(
 def start_process(*arguments: object) -> BaseProcess:
     """Start `train_in_a_process(*arguments)`. Forked from a server that has imported torch once: 0.2 s, not 4."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
+    server.set_forkserver_preload([__name__, "torch._dynamo"])  # which the first optimizer of a process imports
     process = server.Process(target=train_in_a_process, args=arguments)
     process.start()
     return process
