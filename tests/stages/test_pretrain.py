@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model import transformer
 from model.checkpoint import load_checkpoint
 from model.chunked_loss import Losses, losses_of_logits
 from model.config import ModelConfig
@@ -209,6 +210,24 @@ def test_a_field_that_a_checkpoint_does_not_know_was_at_its_default(corpus: Arti
     for name, value in (("model.lazy_rope", False), ("document_masking", True)):
         with pytest.raises(Refusal, match=rf"written with {name}={not value}, this run has {name}={value}"):
             read_resume_checkpoint(tmp_path, model, optimizer, {**identity, name: value})
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_run_with_checkpointed_blocks_ends_with_the_same_bits(
+    corpus: Artifact,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mixer: str,
+    mode: str,
+) -> None:
+    asked = []
+    honest = transformer.checkpointed
+    monkeypatch.setattr(transformer, "checkpointed", lambda *args: asked.append(args[-1]) or honest(*args))
+    train(tiny_run(mixer, activation_checkpointing=mode), corpus, tmp_path)
+    assert asked == [mode == "selective"] * (12 * 2 * 2)  # steps, micro-batches, layers; none in validation
+    assert_same_weights(tmp_path, undisturbed[mixer])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
