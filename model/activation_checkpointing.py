@@ -11,11 +11,10 @@ Nothing in a block draws random numbers, so on one machine the gradients are tho
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from model.mixers import SideInputs
 from model.mixers.interface import TokenMixer
@@ -52,11 +51,9 @@ def checkpointed(
         out = block(x, rope, None, own)
         return out, own.values, own.head_mass or []
 
-    contexts: dict[str, Any] = {}
-    if selective:
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    contexts = partial(create_selective_checkpoint_contexts, _policy) if selective else noop_context_fn
     out: Tensor
-    out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+    out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     side.values = side.values if left is None else left
     if side.head_mass is not None:
         side.head_mass += head_mass

@@ -74,7 +74,7 @@ def test_selective_repeats_no_product_with_weights(mode: Any, products: int) -> 
 
 
 SHAPE = {"hidden_size": 128, "num_layers": 8, "num_heads": 4, "max_seq_len": 256, "max_bias_length": 64}
-ROWS, LENGTH, VOCAB = 8, 256, 64
+ROWS, LENGTH, VOCAB = 16, 256, 64
 
 
 def training_pass(mixer: str, mode: Any) -> Callable[[], None]:
@@ -85,6 +85,7 @@ def training_pass(mixer: str, mode: Any) -> Callable[[], None]:
     return lambda: next_token_losses(model, windows).objective.backward()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.long
 @needs_linux
 def test_peak_memory_falls_as_estimated() -> None:
     config = ModelConfig.model_validate({**SHAPE, "mixer": "standard"})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model import transformer
 from model.checkpoint import load_checkpoint
 from model.chunked_loss import Losses, losses_of_logits
 from model.config import ModelConfig
@@ -199,6 +200,24 @@ def test_a_checkpoint_of_another_config_is_refused(
     # How often it logs or validates is no part of what a run is.
     outputs = pretrain.run(tiny_run("standard", log_every=4, validate_every=3), {"tokenize": corpus}, context)
     assert outputs.facts["resumed_from"] == 1
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_run_with_checkpointed_blocks_ends_with_the_same_bits(
+    corpus: Artifact,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mixer: str,
+    mode: str,
+) -> None:
+    asked = []
+    honest = transformer.checkpointed
+    monkeypatch.setattr(transformer, "checkpointed", lambda *args: asked.append(args[-1]) or honest(*args))
+    train(tiny_run(mixer, activation_checkpointing=mode), corpus, tmp_path)
+    assert asked == [mode == "selective"] * (12 * 2 * 2)  # steps, micro-batches, layers; none in validation
+    assert_same_weights(tmp_path, undisturbed[mixer])
 
 
 def test_workers_share_the_micro_batches(corpus: Artifact, undisturbed: dict[str, Path], tmp_path: Path) -> None:

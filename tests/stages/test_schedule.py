@@ -88,6 +88,10 @@ def test_every_schedule_rises_then_never_rises_again_and_ends_at_its_floor(
     [
         ({"schedule": "cosine", "decay_fraction": 0.1}, "decay_fraction=0.1 has no effect with schedule=cosine"),
         ({"schedule": "constant", "min_lr_fraction": 0.0}, "min_lr_fraction=0 has no effect with schedule=constant"),
+        (
+            {"model": {"mixer": "retnet"}, "activation_checkpointing": "block"},
+            "activation_checkpointing=block is for blocks of our own; mixer=retnet trains without",
+        ),
         ({"schedule": "wsd", "decay_fraction": 0.1, "min_lr_fraction": 0.0}, None),
         ({}, None),
     ],
