@@ -199,7 +199,7 @@ def test_operational_fields_are_the_rest_with_dotted_names() -> None:
         names = {name.partition(".")[0] for name in operational_fields(model())}
         assert names <= set(model.model_fields), stage
     assert set(operational_fields(PretrainConfig())) == {
-        *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "kernel")
+        *("validate_every", "deterministic", "checkpoint_every", "keep_checkpoints", "log_every", "kernel")
     }
 
 
