@@ -75,7 +75,7 @@ def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str
         }
         if vocab is not None:
             shape = (model, vocab.size, config.seq_len, config.micro_batch_size)
-            memory = training_memory(*shape, config.dtype, experiment.resources.pretrain.workers)
+            memory = training_memory(*shape, config.dtype, experiment.resources.pretrain.worker_range[0])
             row |= {
                 "parameters": parameter_count(model, vocab.size),
                 "training_flops_per_token": training_flops_per_token(*shape),

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from model.checkpoint import save_checkpoint
 from model.peers import build_model
 from model.transformer import Transformer, count_parameters
+from stages.attempts import begin_attempt
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
@@ -70,6 +71,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     identity = run_identity(config, corpus)
     state = resume(model, optimizer, identity, context)
     resumed_from = state.step
+    attempts = begin_attempt(context, resumed_from)
     already_logged = last_logged_step(context.output_dir / "metrics.jsonl") if context.rank == 0 else 0
     parameters = list(model.parameters())
     eos_id = int(corpus.facts["eos_id"]) if config.document_masking else None
@@ -153,6 +155,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
             "steps": config.steps,
             "steps_executed": config.steps - resumed_from,
             "resumed_from": resumed_from,
+            "attempts": attempts,
             "tokens": tokens,
             "document_masking": config.document_masking,
             "nonfinite_steps": state.nonfinite_steps,
