@@ -27,12 +27,18 @@ from stages.evaluate_config import EvaluateConfig
 
 @dataclass(frozen=True)
 class Capacity:
-    """cpus/gpus of the whole cluster and of its largest node."""
+    """cpus/gpus of the whole cluster and of its largest node; `nodes` holds (cpus, gpus) of each, [] for one node."""
 
     cpus: float
     gpus: float
     node_cpus: float
     node_gpus: float
+    nodes: tuple[tuple[float, float], ...] = ()
+
+    def workers(self, cpus: float, gpus: float) -> int:
+        """How many workers of so many cpus > 0 and gpus fit: none is cut in two by the border between nodes."""
+        nodes = self.nodes or ((self.cpus, self.gpus),)
+        return sum(int(min(c // cpus, g // gpus if gpus else c // cpus)) for c, g in nodes)
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,16 @@ def demand_of(node: Node, experiment: Experiment, capacity: Capacity) -> Demand:
     resources: StageResources | PretrainResources = getattr(experiment.resources, node.stage)
     where = f"resources.{node.stage}"
     if isinstance(resources, PretrainResources) and not resources.in_task:
-        cpus, gpus = resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
-        _require(f"{where}: {resources.workers} workers x {resources.gpus_per_worker:g} =", gpus, capacity.gpus, "GPU")
-        _require(f"{where}: {resources.workers} workers x {resources.cpus_per_worker:g} =", cpus, capacity.cpus, "CPU")
-        _require(f"{where}.gpus_per_worker", resources.gpus_per_worker, capacity.node_gpus, "GPU on one node,")
-        _require(f"{where}.cpus_per_worker", resources.cpus_per_worker, capacity.node_cpus, "CPU on one node,")
-        return Demand(cpus, gpus, 0, 0, resources.threads or max(1, int(resources.cpus_per_worker)))
+        fewest, most = resources.worker_range
+        cpus_each, gpus_each = resources.cpus_per_worker, resources.gpus_per_worker
+        _require(f"{where}: {fewest} workers x {gpus_each:g} =", fewest * gpus_each, capacity.gpus, "GPU")
+        _require(f"{where}: {fewest} workers x {cpus_each:g} =", fewest * cpus_each, capacity.cpus, "CPU")
+        _require(f"{where}.gpus_per_worker", gpus_each, capacity.node_gpus, "GPU on one node,")
+        _require(f"{where}.cpus_per_worker", cpus_each, capacity.node_cpus, "CPU on one node,")
+        room = capacity.workers(cpus_each, gpus_each)
+        _require(f"{where}: {fewest} workers of {cpus_each:g} CPU and {gpus_each:g} GPU,", fewest, room, "workers")
+        workers = min(most, room)  # a range takes what there is; Ray Train goes up to `most` when nodes join
+        return Demand(workers * cpus_each, workers * gpus_each, 0, 0, resources.threads or max(1, int(cpus_each)))
     wide = node.stage in ("tokenize", "pretrain")
     cpus = resources.cpus or (capacity.node_cpus if wide else min(1.0, capacity.node_cpus))
     gpus = resources.gpus if isinstance(resources, StageResources) else 0.0
@@ -120,7 +130,7 @@ class LocalBackend:
         self._finished: list[Finished] = []
 
     def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:
-        if task.stage == "pretrain" and task.resources.get("workers", 1) > 1:
+        if task.stage == "pretrain" and task.resources.get("workers", 1) != 1:
             raise Refusal(
                 f"resources.pretrain.workers={task.resources['workers']}: --local trains in one process; "
                 "set it to 1 or leave --local out"
@@ -188,6 +198,7 @@ class RayBackend:
             gpus=sum(r.get("GPU", 0.0) for r in totals),
             node_cpus=max((r.get("CPU", 0.0) for r in totals), default=0.0),
             node_gpus=max((r.get("GPU", 0.0) for r in totals), default=0.0),
+            nodes=tuple((r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in totals),
         )
         demands = {node_id: demand_of(node, experiment, self.capacity) for node_id, node in nodes.items()}
         self._stage = ray.remote(_stage_task)

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.execute import MapFunction, StageTask
 from pipeline.experiment import PretrainResources
+from stages.attempts import end_attempt
 from stages.config_base import StageConfig
-from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
+from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, first_line, write_atomically
 from stages.pretrain_config import PretrainConfig
 
 RESULT = "result.json"
@@ -27,8 +28,14 @@ def pretrain_on_workers(
     """Train data-parallel with TorchTrainer; the stage's own checkpoints, not Ray's, carry a restart."""
     # Each report or restart waits for the controller's poll: 2 s by default, a visible share of short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchTrainer
+
+    class SayWhy(UserCallback):  # type: ignore[misc]
+        """On the controller, which learns of deaths that no worker lives to report."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+            end_attempt(scratch, _cause(worker_exceptions))
 
     resources = PretrainResources.model_validate(task.resources)
     scratch = task.entry / "scratch"
@@ -45,7 +52,9 @@ def pretrain_on_workers(
             "threads": task.threads,
         },
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=resources.workers if isinstance(resources.workers, int) else resources.worker_range,
+            elastic_resize_monitor_interval_s=resources.resize_interval_s,
+            placement_strategy=resources.placement,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
@@ -54,6 +63,7 @@ def pretrain_on_workers(
             name=f"{task.fingerprint[:12]}-{task.generation}",
             storage_path=str(scratch / "ray_train"),
             failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
+            callbacks=[SayWhy()],
         ),
     )
     trainer.fit()
@@ -63,6 +73,12 @@ def pretrain_on_workers(
     if result["kind"] == "refusal":
         raise Refusal(result["message"])
     return Outputs(metrics=result["metrics"], facts=result["facts"])
+
+
+def _cause(worker_exceptions: Mapping[int, BaseException]) -> str:
+    """The workers' ends in one line, dead ones first: the others only lost the connection to them."""
+    ends = {rank: f"worker {rank}: {first_line(error)}" for rank, error in sorted(worker_exceptions.items())}
+    return "; ".join(sorted(ends.values(), key=lambda text: "died" not in text and "dead" not in text))
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
@@ -87,6 +103,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
         result = {"kind": "done", "metrics": outputs.metrics, "facts": outputs.facts}
     except Interrupted as interrupted:
         result = {"kind": "interrupted", "message": str(interrupted)}
+        if rank == 0:
+            end_attempt(scratch, interrupted)
     except Refusal as refusal:
         result = {"kind": "refusal", "message": str(refusal)}
     if rank == 0:

@@ -105,7 +105,8 @@ def _execute(
 
     nodes = {node_id: d.node for node_id, d in plan.items()}
     workers = experiment.resources.pretrain.workers
-    if options.local and workers > 1 and any(d.action == "run" and d.node.stage == "pretrain" for d in plan.values()):
+    several = experiment.resources.pretrain.worker_range[1] > 1
+    if options.local and several and any(d.action == "run" and d.node.stage == "pretrain" for d in plan.values()):
         raise Refusal(
             f"resources.pretrain.workers={workers}: --local trains in one process; set it to 1 or leave --local out"
         )

@@ -78,7 +78,7 @@ def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str
             memory = training_memory(
                 *shape,
                 config.dtype,
-                experiment.resources.pretrain.workers,
+                experiment.resources.pretrain.worker_range[0],
                 config.loss_chunk_tokens,
                 config.activation_checkpointing,
             )

@@ -26,8 +26,17 @@ from pipeline.lease import Holder, is_alive
 from pipeline.plan import Node, Plan
 from pipeline.store import Generation
 from pipeline.system_metrics import PREFIX, watch_machine
-from pipeline.tracking_upload import flat_facts, log_files, log_model, log_params, log_points, log_task_table
+from pipeline.tracking_upload import (
+    flat_facts,
+    log_attempts,
+    log_files,
+    log_model,
+    log_params,
+    log_points,
+    log_task_table,
+)
 from pipeline.tracking_uri import first_touch
+from stages.attempts import read_attempts
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -46,6 +55,8 @@ class ChildRun:
     offset: int = 0
     last_step: int = -1
     streamed: set[str] = field(default_factory=set)
+    scratch: Path | None = None  # where training notes its attempts
+    attempts: int = 0  # of them are tags already
     monitor: SystemMetricsMonitor | None = None
 
     def stop_monitor(self) -> None:
@@ -223,7 +234,7 @@ class Tracker:
     def _open_child(
         self, node: Node, scratch: Path, output_dir: Path, leftovers: Sequence[Path], rerun_of: str | None
     ) -> ChildRun:
-        attempt = scratch / "attempt.json"
+        attempt = scratch / "attempt.json"  # an execution by the pipeline; training may restart within one
         tags = {
             "mlflow.parentRunId": self.parent_id,
             "lazypipe.kind": "stage",
@@ -250,6 +261,7 @@ class Tracker:
             if node.variant is not None:
                 params["variant"] = node.variant
             log_params(self.client, child.run_id, params)
+        child.scratch = scratch
         attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
         if node.stage == "pretrain":
             child.monitor = watch_machine(child.run_id, self.uri)
@@ -289,6 +301,11 @@ class Tracker:
         """Log the complete lines of metrics.jsonl that were not logged yet."""
         if not child.run_id:
             return
+        if child.scratch is not None:
+            attempts = read_attempts(child.scratch)
+            new = attempts[child.attempts :]
+            if new and self._safely(lambda: log_attempts(self.client, child.run_id, new)):
+                child.attempts = len(attempts)
         try:
             with child.metrics_file.open("rb") as file:
                 file.seek(child.offset)
@@ -322,6 +339,7 @@ class Tracker:
         def close() -> None:
             final = {k: v for k, v in generation.manifest["metrics"].items() if k not in child.streamed}
             log_points(self.client, child.run_id, final, step=max(child.last_step, 0))
+            log_attempts(self.client, child.run_id, generation.manifest["facts"].get("attempts", ()))
             for key, value in flat_facts(generation.manifest["facts"]).items():
                 self.client.set_tag(child.run_id, f"fact.{key}", value)
             self.client.set_tag(child.run_id, "lazypipe.path", str(generation.path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,16 @@ def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> 
     entries = [Param(name, str(value)[:6000]) for name, value in params.items()]
     for start in range(0, len(entries), 100):
         client.log_batch(run_id, params=entries[start : start + 100])
+
+
+def log_attempts(client: MlflowClient, run_id: str, attempts: Sequence[Mapping[str, Any]]) -> None:
+    """Tags of a training run: how many attempts it has taken, and of each where it began and what ended the last."""
+    for entry in attempts:
+        began = f"from step {entry['from_step']} on {entry['workers']} workers at {entry['started']}"
+        text = began if entry["cause"] is None else f"{began}; before: {entry['cause']}"
+        client.set_tag(run_id, f"lazypipe.attempt.{entry['attempt']}", text)
+    if attempts:
+        client.set_tag(run_id, "lazypipe.attempts", str(attempts[-1]["attempt"]))
 
 
 def flat_facts(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ import torch
 from model.checkpoint import save_checkpoint
 from model.peers import build_model
 from model.transformer import count_parameters
+from stages.attempts import begin_attempt
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.checkpoint_saver import CheckpointSaver
@@ -81,6 +82,7 @@ def train_with(
     identity = run_identity(config, corpus)
     state = saver.resume(model, optimizer, identity)
     resumed_from = state.step
+    attempts = begin_attempt(context, resumed_from)
     already_logged = last_logged_step(context.output_dir / "metrics.jsonl") if context.rank == 0 else 0
     parameters = list(model.parameters())
     eos_id = int(corpus.facts["eos_id"]) if config.document_masking else None
@@ -166,6 +168,7 @@ def train_with(
             "steps": config.steps,
             "steps_executed": config.steps - resumed_from,
             "resumed_from": resumed_from,
+            "attempts": attempts,
             "tokens": tokens,
             "document_masking": config.document_masking,
             "nonfinite_steps": state.nonfinite_steps,
