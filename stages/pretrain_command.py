@@ -65,6 +65,8 @@ def progress_line(done: float, total: float, unit: str, numbers: Mapping[str, fl
         if name == "eta_s":
             minutes, seconds = divmod(round(float(value)), 60)
             parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+        elif isinstance(value, str):
+            parts.append(f"{name} {value}")
         else:
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) and value < 1e4 else f"{name} {value:.0f}")
     return "  ".join(parts)
@@ -171,8 +173,8 @@ def join_workers() -> tuple[int, int]:
         rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except (KeyError, ValueError) as error:
         raise Refusal(
-            f"WORLD_SIZE is set, but of RANK, WORLD_SIZE and LOCAL_RANK {error} is no number; start several processes "
-            "with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is set, but RANK, WORLD_SIZE and LOCAL_RANK are not three numbers ({error}); start several "
+            "processes with torchrun, or unset WORLD_SIZE"
         ) from error
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")

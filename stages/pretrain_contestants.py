@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from stages.shards import ShardWriter, write_documents
 
 
 def bare_loop(
-    config: PretrainConfig, vocab_size: int, batches: Sequence[Tensor], turn_steps: int
+    config: PretrainConfig, vocab_size: int, batches: Sequence[Tensor], turn_steps: int, clock: Callable[[], float]
 ) -> tuple[Callable[[], float], list[float]]:
     """(a function that trains `turn_steps` more steps and returns the seconds, the list its losses go to)."""
     model = build_model(config.model, vocab_size, config.seed, config.kernel).to(compute_device())
@@ -31,7 +30,7 @@ def bare_loop(
     micro_batches = config.micro_batches_per_step
 
     def turn() -> float:
-        began = time.perf_counter()
+        began = clock()
         for _ in range(turn_steps):
             step = next(steps)
             set_learning_rate(optimizer, learning_rate(step, config))
@@ -46,7 +45,7 @@ def bare_loop(
             optimizer.zero_grad()
             losses.append(total.item())
         synchronise()
-        return time.perf_counter() - began
+        return clock() - began
 
     return turn, losses
 
@@ -63,7 +62,12 @@ class _LossModel(nn.Module):
 
 
 def trainer_loop(
-    config: PretrainConfig, vocab_size: int, batches: Sequence[Tensor], turn_steps: int, folder: Path
+    config: PretrainConfig,
+    vocab_size: int,
+    batches: Sequence[Tensor],
+    turn_steps: int,
+    folder: Path,
+    clock: Callable[[], float],
 ) -> Callable[[], float]:
     """A function that lets transformers.Trainer train a while and returns the seconds of `turn_steps` of its steps."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -74,7 +78,7 @@ def trainer_loop(
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronise()
-            ends.append(time.perf_counter())
+            ends.append(clock())
 
     arguments: Any = TrainingArguments(
         output_dir=str(folder),
