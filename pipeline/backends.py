@@ -38,7 +38,8 @@ class Capacity:
     def workers(self, cpus: float, gpus: float) -> int:
         """How many workers of so many cpus > 0 and gpus fit: none is cut in two by the border between nodes."""
         nodes = self.nodes or ((self.cpus, self.gpus),)
-        return sum(int(min(c // cpus, g // gpus if gpus else c // cpus)) for c, g in nodes)
+        # 1.0 // 0.2 is 4: rounding must not cost a worker.
+        return sum(int(min(c / cpus, g / gpus if gpus else c / cpus) + 1e-9) for c, g in nodes)
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,13 @@ def pretrain_on_workers(
         ),
     )
     trainer.fit()
+    from stages.skipped_steps import DivergedError
+
     result = json.loads((scratch / RESULT).read_text(encoding="utf-8"))
     if result["kind"] == "interrupted":
         raise Interrupted(result["message"])
+    if result["kind"] == "diverged":
+        raise DivergedError(result["message"])
     if result["kind"] == "refusal":
         raise Refusal(result["message"])
     return Outputs(metrics=result["metrics"], facts=result["facts"])
@@ -88,9 +92,14 @@ def _worker(loop_config: dict[str, Any]) -> None:
     import torch
 
     from stages import pretrain
+    from stages.determinism import prepare_cublas
+    from stages.skipped_steps import DivergedError
 
+    config = PretrainConfig.model_validate(loop_config["config"])
     torch.set_num_threads(loop_config["threads"])
     if torch.cuda.is_available():
+        if config.deterministic:
+            prepare_cublas(os.environ, False)  # before CUDA is used, as the next line does
         torch.cuda.set_device(ray.train.torch.get_device())  # workers of one node see each other's GPUs
     train_context = ray.train.get_context()
     rank = train_context.get_world_rank()
@@ -99,12 +108,16 @@ def _worker(loop_config: dict[str, Any]) -> None:
     inputs = {name: Artifact(Path(path), manifest) for name, (path, manifest) in loop_config["inputs"].items()}
     result: dict[str, Any]
     try:
-        outputs = pretrain.run(PretrainConfig.model_validate(loop_config["config"]), inputs, context)
+        outputs = pretrain.run(config, inputs, context)
         result = {"kind": "done", "metrics": outputs.metrics, "facts": outputs.facts}
     except Interrupted as interrupted:
         result = {"kind": "interrupted", "message": str(interrupted)}
         if rank == 0:
             end_attempt(scratch, interrupted)
+    except DivergedError as diverged:
+        result = {"kind": "diverged", "message": str(diverged)}
+        if rank == 0:
+            end_attempt(scratch, diverged)
     except Refusal as refusal:
         result = {"kind": "refusal", "message": str(refusal)}
     if rank == 0:

@@ -5,6 +5,7 @@ scratch_dir/last_end         why the attempt before ended, if anybody lived to s
 """
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,24 @@ def begin_attempt(context: Context, from_step: int) -> list[dict[str, Any]]:
             "cause": cause if attempts else None,
         }
     )
-    # Rewritten as a whole: the line of an attempt that was killed while writing it would spoil the next one's.
-    write_atomically(context.scratch_dir / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in attempts))
-    end.unlink(missing_ok=True)
+    with suppress(OSError):  # a full disk costs the note, not the training
+        # Rewritten as a whole: the line of an attempt that was killed while writing it would spoil the next one's.
+        write_atomically(context.scratch_dir / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in attempts))
+        end.unlink(missing_ok=True)
     return attempts
 
 
 def end_attempt(scratch_dir: Path, cause: BaseException | str) -> None:
     """Say why the current attempt ends. Who can tell more may say it again: the last word counts."""
     text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {first_line(cause)}"
-    write_atomically(scratch_dir / LAST_END, text[:500])
+    with suppress(OSError):  # on a full disk the reason itself is the one to hear of
+        write_atomically(scratch_dir / LAST_END, text[:500])
 
 
 def read_attempts(scratch_dir: Path) -> list[dict[str, Any]]:
     """The attempts so far, [] before the first."""
-    path = scratch_dir / ATTEMPTS
-    if not path.exists():
+    try:
+        text = (scratch_dir / ATTEMPTS).read_text(encoding="utf-8")
+    except FileNotFoundError:  # or gone this moment: the scratch is removed when a stage has committed
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in text.splitlines()]

@@ -40,7 +40,7 @@ from stages.pretrain_config import PretrainConfig
 from stages.resume import last_logged_step, run_identity
 from stages.schedule import learning_rate
 from stages.shards import TokenShards
-from stages.skipped_steps import diverged, divergence, reason_to_skip, record
+from stages.skipped_steps import DivergedError, diverged, divergence, reason_to_skip, record
 from stages.training_numbers import machine, run_numbers, speed_numbers, step_numbers
 from stages.window_losses import mean_loss
 
@@ -52,7 +52,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
     Writes checkpoint/ and tables/history, and logs what stages/training_numbers.py and stages/lazy_numbers.py name:
     losses, gradient norm, speed and memory, and by layer tau, sparsity and sink. Refuses a corpus without a window of
     seq_len tokens and a resume checkpoint of another config. Raises Interrupted, with its state saved, when a stop is
-    requested; RuntimeError when training diverges.
+    requested; DivergedError when training diverges.
     """
     with CheckpointSaver(config, context) as saver:
         return train_with(saver, config, inputs, context)
@@ -89,6 +89,7 @@ def train_with(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     under = machine(config, corpus.facts["vocab_size"], device, context.world_size)
 
+    validation_loss: float | None = None  # of the last step; none when that one was where a run gave up
     while state.step < config.steps:
         started, waited_before = time.perf_counter(), train.batch_seconds
         lr = learning_rate(state.step, config)
@@ -135,11 +136,15 @@ def train_with(
             tokens_per_s=config.tokens_per_step / seconds,
             eta_s=(config.steps - state.step) * state.train_seconds / state.step,
         )
-        if gave_up or (not last and (stop or state.step % config.checkpoint_every == 0)):
-            saver.save(model, optimizer, state, identity, final=stop or gave_up)
-            if gave_up:
-                folder = context.scratch_dir / "checkpoints"
-                raise RuntimeError(divergence(state, loss_value, norm_value, lr, folder))
+        if gave_up:
+            message = divergence(state, loss_value, norm_value, lr, context.scratch_dir / "checkpoints")
+            try:
+                saver.save(model, optimizer, state, identity, final=True)
+            except OSError as error:
+                raise DivergedError(f"{message} (but of this step: {error})") from error
+            raise DivergedError(message)
+        if not last and (stop or state.step % config.checkpoint_every == 0):
+            saver.save(model, optimizer, state, identity, final=stop)
             if stop:
                 raise Interrupted(f"pretraining stopped at step {state.step} of {config.steps}; its state is saved")
 

@@ -30,7 +30,9 @@ import torch
 import torch.distributed as dist
 
 from stages import pretrain
+from stages.attempts import end_attempt
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
+from stages.determinism import prepare_cublas
 from stages.pretrain_inputs import read_config, verified_corpus
 from stages.resume import run_identity
 
@@ -147,6 +149,8 @@ def train(options: argparse.Namespace, caught: list[int]) -> None:
     config = read_config(options.config, options.overrides)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if config.deterministic and torch.cuda.is_available():
+        prepare_cublas(os.environ, False)  # before CUDA is used, as the next line does
     rank, world_size = join_workers()
     corpus = open_corpus(options.tokens, rank)
     output, scratch, identity = options.output, options.output / "scratch", run_identity(config, corpus)
@@ -160,7 +164,12 @@ def train(options: argparse.Namespace, caught: list[int]) -> None:
             scratch.mkdir(exist_ok=True)
             (scratch / "stop").unlink(missing_ok=True)
         context = CommandContext(output, scratch, rank, world_size, caught=caught)
-        outputs = pretrain.run(config, {"tokenize": corpus}, context)
+        try:
+            outputs = pretrain.run(config, {"tokenize": corpus}, context)
+        except BaseException as error:
+            if rank == 0:
+                end_attempt(scratch, error)
+            raise
         if rank == 0:
             finish(output, identity, outputs)
 

@@ -87,7 +87,7 @@ class PretrainConfig(StageConfig):
     reduction: Literal["all_reduce", "ordered"] = operational(
         "all_reduce",
         description="how gradients are summed; ordered: in the order of the micro-batches, so that any number of "
-        "workers gives the same bits",
+        "workers of equally many threads gives the same bits",
     )
     deterministic: bool = operational(
         False,
@@ -123,6 +123,12 @@ class PretrainConfig(StageConfig):
                 f"parallel=fsdp shards block by block, which does not go with mixer={self.model.mixer}: peers are not "
                 "made of our blocks, and a side sequence passes through blocks out of their turn; set "
                 "parallel: replicate in this variant"
+            )
+        if self.parallel == "fsdp" and (self.model.mixer == "elliptical" or self.sink_balance):
+            found = "mixer=elliptical" if self.model.mixer == "elliptical" else f"sink_balance={self.sink_balance:g}"
+            raise ValueError(
+                f"parallel=fsdp does not go with {found}: FSDP2 hands each block a copy of what blocks pass on beside "
+                "the residual stream; set parallel: replicate in this variant"
             )
         return self
 

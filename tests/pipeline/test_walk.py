@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends import Demand
+from pipeline.backends import Capacity, Demand
 from pipeline.execute import StageTask
 from pipeline.lease import living_holder
 from pipeline.plan import Selection
@@ -95,6 +95,11 @@ def test_trainers_outside_their_task_are_admitted_by_their_workers(tmp_path: Pat
     sections = {"resources": {"pretrain": {"workers": 2}}}
     backend = walked(Store(tmp_path), FakeBackend(cpus=3), sections=sections).backend
     assert not any({"pretrain/lazy", "pretrain/standard"} <= together for together in backend.together)
+
+
+def test_workers_of_a_fraction_of_a_gpu_are_counted_without_losing_one_to_rounding() -> None:
+    assert [Capacity(8, 1, 8, 1).workers(1, gpus) for gpus in (0.1, 0.2, 0.5, 0.3, 0)] == [8, 5, 2, 3, 8]
+    assert Capacity(8, 2, 4, 1, nodes=((4.0, 1.0), (4.0, 1.0))).workers(3, 0) == 2
 
 
 def test_what_the_machine_cannot_hold_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def test_a_stopped_command_goes_on_to_the_weights_of_an_undisturbed_run(
     assert "steps 150/150  loss " in out and "ETA 0:00:00" in out and "validation_loss" in out
     result = json.loads((output / "result.json").read_text())
     assert result["facts"]["resumed_from"] == stopped
+    assert [entry["from_step"] for entry in result["facts"]["attempts"]] == [0, stopped]
+    assert f"Interrupted: pretraining stopped at step {stopped}" in result["facts"]["attempts"][1]["cause"]
     assert steps_logged(output) == [*range(1, 151)]
     assert not (output / "scratch").exists()
 

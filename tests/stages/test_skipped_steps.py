@@ -19,7 +19,7 @@ from stages.before_training import warn_of_settings
 from stages.contract import Artifact, Context, Interrupted, Refusal
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState
-from stages.skipped_steps import reason_to_skip, record
+from stages.skipped_steps import DivergedError, reason_to_skip, record
 from tests.stages.toy_training import context_in, start_process, tiny_run, toy_corpus
 
 SPIKES = {"spike_sigma": 0.5, "spike_window": 3, "lr": 0.2, "warmup_steps": 1}  # so rough that steps are skipped
@@ -153,7 +153,7 @@ def test_giving_up_saves_the_last_good_weights_and_says_what_next(
     context = context_in(tmp_path)
     config = tiny_run("standard", max_nonfinite_in_a_row=3, checkpoint_every=100)
     message = rf"not finite in 3 steps in a row, the last one step 6 .*saved in {context.scratch_dir}/checkpoints"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(DivergedError, match=message):
         pretrain.run(config, {"tokenize": corpus}, context)
     saved = {"model": {"embedding.weight": torch.zeros_like(weights_seen[3])}}
     load(saved, checkpoint_id=context.scratch_dir / "checkpoints" / "step-00000006", no_dist=True)
@@ -167,3 +167,23 @@ def test_giving_up_saves_the_last_good_weights_and_says_what_next(
     patient = PretrainConfig.model_validate({**config.model_dump(), "max_nonfinite_in_a_row": 6})
     outputs = pretrain.run(patient, {"tokenize": corpus}, context)
     assert (outputs.facts["resumed_from"], outputs.facts["nonfinite_steps"]) == (7, 5)
+
+
+@pytest.mark.filterwarnings("ignore:step .* skipped. loss")
+def test_giving_up_at_the_last_step_is_no_riddle_to_the_next_start(
+    corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = pretrain.accumulate_gradients
+
+    def poisoned(model: Transformer, config: PretrainConfig, shards: Any, step: int, *others: Any) -> Any:
+        losses = honest(model, config, shards, step, *others)
+        if step >= 3:
+            losses[0] = math.nan
+        return losses
+
+    monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
+    config = tiny_run("standard", steps=5, warmup_steps=1, max_nonfinite_in_a_row=2, checkpoint_every=100)
+    with pytest.raises(DivergedError, match="the last one step 5"):
+        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path))
+    with pytest.raises(RuntimeError, match="after 5 steps the validation loss is None; lower lr"):
+        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path))

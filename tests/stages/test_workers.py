@@ -189,6 +189,9 @@ def test_fsdp_refuses_what_does_not_pass_block_by_block() -> None:
     for mixer in ("random_qk", "text_qk", "gla"):
         with pytest.raises(ValidationError, match=f"mixer={mixer}.*set parallel: replicate"):
             PretrainConfig.model_validate({"model": {"mixer": mixer}, "parallel": "fsdp"})
+    for fields in ({"model": {"mixer": "elliptical"}}, {"model": {"mixer": "sink"}, "sink_balance": 0.01}):
+        with pytest.raises(ValidationError, match=r"FSDP2 hands each block a copy.*set parallel: replicate"):
+            PretrainConfig.model_validate({**fields, "parallel": "fsdp"})
 
 
 def test_one_worker_has_nothing_to_shard(corpus: Artifact, tmp_path: Path) -> None:
