@@ -81,8 +81,10 @@ def pretrain_on_workers(
 
 def _cause(worker_exceptions: Mapping[int, BaseException]) -> str:
     """The workers' ends in one line, dead ones first: the others only lost the connection to them."""
-    ends = {rank: f"worker {rank}: {first_line(error)}" for rank, error in sorted(worker_exceptions.items())}
-    return "; ".join(sorted(ends.values(), key=lambda text: "died" not in text and "dead" not in text))
+    # Of a worker that does not answer Ray Train says that a health check failed; why is in the error below it.
+    reasons = {rank: getattr(error, "health_check_failure", error) for rank, error in sorted(worker_exceptions.items())}
+    ends = [f"worker {rank}: {first_line(reason)}" for rank, reason in reasons.items()]
+    return "; ".join(sorted(ends, key=lambda text: "died" not in text and "dead" not in text))
 
 
 def _worker(loop_config: dict[str, Any]) -> None:

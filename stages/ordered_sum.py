@@ -21,20 +21,25 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 
 def add_in_rank_order(
-    running: Tensor | None, flat: Tensor, contributing: int, group: dist.ProcessGroup | None = None
+    running: Tensor | None,
+    flat: Tensor,
+    contributing: int,
+    group: dist.ProcessGroup | None = None,
+    received: Tensor | None = None,
 ) -> Tensor:
     """This worker's part [n / W] of `running` + flat of worker 0 + flat of worker 1 + ..., added from left to right.
 
     flat      [n], n a multiple of the W workers of the group; of worker r it is the gradient of the round's r-th
               micro-batch.
-    running   this worker's part after the rounds before, None in the first.
+    running   this worker's part after the rounds before, None in the first; it is added to in place.
     contributing   workers that have a micro-batch in this round; what the others hold is left out.
+    received  [n], memory to receive in; default: new.
     """
     workers = dist.get_world_size(group)
-    received = torch.empty_like(flat)
+    received = torch.empty_like(flat) if received is None else received
     dist.all_to_all_single(received, flat, group=group)
     for part in received.view(workers, -1)[:contributing]:
-        running = part.clone() if running is None else running + part
+        running = part.clone() if running is None else running.add_(part)
     assert running is not None, "the first worker of a round always has a micro-batch"
     return running
 
@@ -45,14 +50,19 @@ class OrderedSum:
     def __init__(self) -> None:
         self._running: Tensor | None = None
         self._shapes: list[torch.Size] = []
+        self._buffers: tuple[Tensor, Tensor] | None = None  # new pages are the larger part of the time on a CPU
 
     def add(self, tensors: Sequence[Tensor], contributing: int) -> None:
         """Add one round: `tensors` of this worker's micro-batch, anything of that shape if it has none."""
         workers = dist.get_world_size()
-        self._shapes = [tensor.shape for tensor in tensors]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % workers))
-        self._running = add_in_rank_order(self._running, flat, contributing)
+        if self._buffers is None:
+            self._shapes = [tensor.shape for tensor in tensors]
+            size = sum(shape.numel() for shape in self._shapes)
+            flat = tensors[0].new_zeros(size + -size % workers)
+            self._buffers = flat, torch.empty_like(flat)
+        flat, received = self._buffers
+        torch.cat([tensor.flatten() for tensor in tensors], out=flat[: sum(shape.numel() for shape in self._shapes)])
+        self._running = add_in_rank_order(self._running, flat, contributing, received=received)
 
     def result(self) -> list[Tensor]:
         """The sums, whole, on every worker."""

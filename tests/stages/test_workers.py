@@ -15,6 +15,7 @@ from model.transformer import Transformer
 from stages.batches import share_of_worker
 from stages.contract import Artifact
 from stages.pretrain_config import PretrainConfig
+from stages.reduction_bench import bytes_sent
 from tests.stages.toy_training import tiny_run, toy_corpus
 from tests.stages.worker_runs import Run, result_of, train_here, train_on, weights_of, windows_read
 
@@ -96,6 +97,11 @@ def test_workers_share_out_every_batch_once_and_go_through_equally_many_rounds(b
     assert None not in in_order[:batches], "only the last round is idle, and only its last workers"
 
 
+def test_ordered_sums_send_more_with_more_micro_batches_per_worker() -> None:
+    assert bytes_sent(1000, 2, 2) == (4000, 4000), "one micro-batch for each worker: as much as an all-reduce"
+    assert bytes_sent(1000, 4, 9) == (6000, 12000), "three rounds and the putting together"
+
+
 def test_two_workers_read_the_windows_of_one(alone: dict[tuple[str, str], Path], two_workers: Path) -> None:
     expected = windows_read(alone["lazy", "ordered"], MICRO_BATCHES)
     assert len(expected) == STEPS and len({str(step) for step in expected}) == STEPS
@@ -165,6 +171,21 @@ def test_a_run_goes_on_with_another_number_of_workers(
     )
     assert len(one) == STEPS
     assert one == found, "losses, gradient norms, tau and sparsity of every step"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("activation_checkpointing", ["selective", "block"])
+def test_shards_go_with_checkpointed_activations_and_a_chunked_loss(
+    corpus: Artifact, tmp_path: Path, activation_checkpointing: str
+) -> None:
+    """Both call the model's parameters out of turn: blocks once more in the backward pass, the head by chunks."""
+    fields = {"reduction": "ordered", "dtype": "bfloat16", "loss_chunk_tokens": 40, "z_loss": 1e-4, "steps": 15}
+    one = Run(tmp_path / "one", config("lazy", **fields))
+    train_here(corpus.path.parent, one)
+    checkpointed = config("lazy", **fields, parallel="fsdp", activation_checkpointing=activation_checkpointing)
+    many = Run(tmp_path / "many", checkpointed)
+    train_on(corpus.path.parent, [many], 2, tmp_path / "rendezvous")
+    assert_same_bits(one.directory, many.directory)
 
 
 @pytest.mark.long
