@@ -149,7 +149,7 @@ def test_a_failing_branch_leaves_its_sibling_alone(tmp_path: Path) -> None:
     broken = "variants.lazy={mixer: lazy, max_bias_length: 16, lr: 1.0e+30, grad_clip: 1.0e+30}"
     result = lazypipe("run", config, broken, "--local")
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "error: pretrain/lazy failed: RuntimeError" in result.stderr
+    assert "error: pretrain/lazy failed: DivergedError" in result.stderr
     assert "blocked: evaluate/lazy, sparsity/lazy, report" in result.stdout
     assert current_manifest(tmp_path / "output", "evaluate", "standard")["metrics"]["validation_loss"] > 0
     statuses = {r.info.run_name: r.info.status for r in mlflow_runs(tmp_path / "output")}
