@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract import Artifact, file_sha256, write_atomically
+from stages.manifests import files_problem
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -46,17 +47,7 @@ class Generation:
 
     def problem(self, full: bool = False) -> str | None:
         """Why the files cannot be trusted, or None. Sizes; sha256 where the mtime moved, or everywhere if full."""
-        for name, entry in self.manifest["files"].items():
-            file = self.path / name
-            try:
-                status = file.stat()
-            except OSError:
-                return f"{file} is missing"
-            if status.st_size != entry["size"]:
-                return f"{file} has {status.st_size} bytes, its manifest says {entry['size']}"
-            if (full or status.st_mtime_ns != entry["mtime_ns"]) and file_sha256(file) != entry["sha256"]:
-                return f"{file} does not match the sha256 of its manifest"
-        return None
+        return files_problem(self.path, self.manifest["files"], trust_mtime=not full)
 
 
 @dataclass(frozen=True)

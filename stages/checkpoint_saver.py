@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from stages.checkpoints import (
     CHECKPOINT_MANIFEST,
     commit_checkpoint,
-    describe_files,
+    describe_durably,
     fsync,
     newest_checkpoint,
     open_partial,
@@ -175,7 +175,7 @@ class CheckpointSaver:
         try:
             self._together(lambda: self._open(step, unlogged) if first else None)
             write = partial(write_resume_checkpoint, target, snapshot, self.context.rank, self._group)
-            files = self._together(lambda: describe_files(write()))
+            files = self._together(lambda: describe_durably(write()))
             every = {name: entry for part in files for name, entry in part.items()}
             self._together(lambda: self._close(step, every) if first else None)
         except BaseException:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.contract import file_sha256, write_atomically
+from stages.contract import write_atomically
+from stages.manifests import describe_files, files_problem
 
 CHECKPOINT_MANIFEST = "manifest.json"
 CHECKPOINT_FORMAT = 2  # 1: weights.safetensors and optimizer.safetensors, no "format" in the manifest
@@ -37,17 +38,16 @@ def open_partial(folder: Path, step: int) -> Path:
     return partial
 
 
-def describe_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Name -> {"size": bytes, "sha256"} of files that are on disk (fsync) when this returns."""
-    described = {}
+def describe_durably(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """`describe_files` of files that are on disk (fsync) when this returns."""
+    files = list(files)
     for path in files:
         fsync(path)
-        described[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    return described
+    return describe_files(files)
 
 
 def commit_checkpoint(partial: Path, step: int, files: Mapping[str, Mapping[str, Any]], **facts: Any) -> Path:
-    """Write the manifest over `files` (of `describe_files`) and rename the directory to step-<step>; returns that."""
+    """Write the manifest over `files` (of `describe_durably`) and rename the directory to step-<step>; returns that."""
     manifest = {"format": CHECKPOINT_FORMAT, "step": step, **facts, "files": files}
     write_atomically(partial / CHECKPOINT_MANIFEST, json.dumps(manifest))
     fsync(partial)
@@ -92,17 +92,9 @@ def checkpoint_problem(directory: Path, only: Iterable[str] | None = None) -> st
     """Why a checkpoint cannot be trusted, or None when its files, or those named in `only`, match its manifest."""
     try:
         files = json.loads((directory / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name in files.keys() if only is None else only:
-            path, entry = directory / name, files[name]
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes, expected {entry['size']}"
-            if file_sha256(path) != entry["sha256"]:
-                return f"{name} does not match its sha256"
+        return files_problem(directory, files if only is None else {name: files[name] for name in only})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{CHECKPOINT_MANIFEST}: {error}"
-    return None
 
 
 def fsync(path: Path) -> None:

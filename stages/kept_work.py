@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.contract import file_sha256, first_line
+from stages.contract import first_line
+from stages.manifests import describe_files, files_problem
 
 KEPT_MANIFEST = "manifest.json"
 
@@ -43,8 +44,7 @@ def keep(target: Path, key: str, write: Callable[[Path], dict[str, Any]]) -> dic
     temporary.mkdir(parents=True)
     try:
         facts = write(temporary)
-        files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"key": key, "facts": facts, "files": files}
+        manifest = {"key": key, "facts": facts, "files": describe_files(sorted(temporary.iterdir()))}
         (temporary / KEPT_MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -61,14 +61,8 @@ def kept(target: Path, key: str) -> Kept:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["key"] != key:
             return Kept(None)
-        for name, entry in manifest["files"].items():
-            file = target / name
-            size = file.stat().st_size
-            if size != entry["size"]:
-                return Kept(None, f"{file} has {size} bytes, expected {entry['size']}")
-            if file_sha256(file) != entry["sha256"]:
-                return Kept(None, f"{file} does not match its sha256")
-        return Kept(dict(manifest["facts"]))
+        problem = files_problem(target, manifest["files"])
+        return Kept(dict(manifest["facts"])) if problem is None else Kept(None, problem)
     except FileNotFoundError as error:
         return Kept(None, None if not target.exists() else f"{error.filename} is missing")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

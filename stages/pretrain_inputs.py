@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from model.config import ModelConfig
-from stages.contract import Refusal, file_sha256
+from stages.contract import Refusal
+from stages.manifests import files_problem
 from stages.pretrain_config import PretrainConfig
 
 
@@ -69,8 +70,7 @@ def verified_corpus(path: Path) -> Path:
         raise Refusal(f"--tokens {path}: holds no result ({type(error).__name__}: {error}); {hint}") from error
     if stage != "tokenize" or not complete:
         raise Refusal(f"--tokens {path}: is a result of {stage}, not of tokenize; {hint}")
-    for name, entry in files.items():
-        file = directory / name
-        if not file.is_file() or file.stat().st_size != entry["size"] or file_sha256(file) != entry["sha256"]:
-            raise Refusal(f"--tokens {path}: {name} is missing or does not match its manifest; {hint}")
+    problem = files_problem(directory, files)
+    if problem is not None:
+        raise Refusal(f"--tokens {path}: {problem}; {hint}")
     return directory

@@ -165,7 +165,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     _, generation = committed(tmp_path)
     (generation.path / "weights.bin").write_text("fir")
-    assert "weights.bin has 3 bytes, its manifest says 5" in str(generation.problem())
+    assert "weights.bin has 3 bytes, expected 5" in str(generation.problem())
 
 
 def test_other_content_of_the_same_size_is_noticed_by_its_mtime_or_by_a_full_check(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_other_content_of_the_same_size_is_noticed_by_its_mtime_or_by_a_full_che
     before = file.stat()
     file.write_text("fIrst")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert "weights.bin does not match the sha256" in str(generation.problem())
+    assert "weights.bin does not match its sha256" in str(generation.problem())
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert generation.problem() is None, "sizes and mtimes alone cannot tell"
-    assert "weights.bin does not match the sha256" in str(generation.problem(full=True))
+    assert "weights.bin does not match its sha256" in str(generation.problem(full=True))
 
 
 def test_a_moved_mtime_with_the_same_content_is_no_damage(tmp_path: Path) -> None:

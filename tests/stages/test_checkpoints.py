@@ -15,7 +15,7 @@ from stages.checkpoints import (
     checkpoint_problem,
     checkpoint_step,
     commit_checkpoint,
-    describe_files,
+    describe_durably,
     newest_checkpoint,
     open_partial,
     prune_checkpoints,
@@ -27,7 +27,7 @@ def save(folder: Path, step: int, text: str = "a", keep: int = 2, keep_every: in
     files = [partial / "weights.bin", partial / "optimizer.bin"]
     for copies, file in enumerate(files, start=1):
         file.write_text(text * copies)
-    committed = commit_checkpoint(partial, step, describe_files(files), world_size=2)
+    committed = commit_checkpoint(partial, step, describe_durably(files), world_size=2)
     prune_checkpoints(committed, keep, keep_every)
     return committed
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_is_found_again_with_its_files(tmp_path: Path) -> None:
     assert (manifest["step"], manifest["world_size"], manifest["files"]["optimizer.bin"]["size"]) == (120, 2, 2)
 
 
-@pytest.mark.parametrize("crash_at", ["write_atomically", "file_sha256", "fsync"])
+@pytest.mark.parametrize("crash_at", ["write_atomically", "describe_files", "fsync"])
 def test_a_crash_anywhere_before_the_rename_leaves_no_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str
 ) -> None:

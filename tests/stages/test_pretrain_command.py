@@ -263,7 +263,7 @@ def test_other_folders_and_damaged_tokens_are_refused(
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert "train/shard-00000.arrow is missing or does not match its manifest" in refusal(tmp_path / "tokens")
+    assert "train/shard-00000.arrow does not match its sha256" in refusal(tmp_path / "tokens")
     manifest = {**corpus.manifest, "stage": "evaluate"}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert "is a result of evaluate, not of tokenize" in refusal(copy)
