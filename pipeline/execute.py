@@ -27,7 +27,7 @@ from pipeline.code_version import code_version
 from pipeline.fingerprint import operational_fields
 from pipeline.lease import held_by
 from pipeline.store import Entry, Generation, read_generation
-from stages.attempts import end_attempt
+from stages.attempts import ends_noted
 from stages.config_base import StageConfig
 from stages.configs import STAGE_CONFIGS
 from stages.contract import Artifact, Context, Outputs
@@ -116,12 +116,8 @@ def run_in_process(
         torch.set_num_threads(task.threads)  # a reused worker process keeps the last stage's count
     context = Context(task.entry / task.generation, task.entry / "scratch", map_function=map_function)
     module = importlib.import_module(STAGE_MODULES[task.stage])
-    try:
+    with ends_noted(context.scratch_dir):
         outputs: Outputs = module.run(config, inputs, context)
-    except BaseException as error:
-        if task.stage == "pretrain":
-            end_attempt(context.scratch_dir, error)
-        raise
     return outputs
 
 

@@ -6,17 +6,29 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from pipeline.execute import MapFunction, StageTask
 from pipeline.experiment import PretrainResources
-from stages.attempts import end_attempt
+from stages.attempts import end_attempt, ends_noted
 from stages.config_base import StageConfig
-from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, first_line, write_atomically
+from stages.contract import (
+    Artifact,
+    Context,
+    DivergedError,
+    Interrupted,
+    Outputs,
+    Refusal,
+    first_line,
+    write_atomically,
+)
 from stages.pretrain_config import PretrainConfig
 
 RESULT = "result.json"
+# A restart of the group would change nothing about these: the workers end normally and say which it was.
+ENDS = {end.__name__: end for end in (Interrupted, DivergedError, Refusal)}
 
 
 def pretrain_on_workers(
@@ -67,15 +79,9 @@ def pretrain_on_workers(
         ),
     )
     trainer.fit()
-    from stages.skipped_steps import DivergedError
-
     result = json.loads((scratch / RESULT).read_text(encoding="utf-8"))
-    if result["kind"] == "interrupted":
-        raise Interrupted(result["message"])
-    if result["kind"] == "diverged":
-        raise DivergedError(result["message"])
-    if result["kind"] == "refusal":
-        raise Refusal(result["message"])
+    if result["ended"] is not None:
+        raise ENDS[result["ended"]](result["message"])
     return Outputs(metrics=result["metrics"], facts=result["facts"])
 
 
@@ -88,14 +94,13 @@ def _cause(worker_exceptions: Mapping[int, BaseException]) -> str:
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
-    """One worker: the same stage function, with its rank. What a restart cannot change ends the run normally."""
+    """One worker: the same stage function, with its rank."""
     import ray.train
     import ray.train.torch
     import torch
 
     from stages import pretrain
     from stages.determinism import prepare_cublas
-    from stages.skipped_steps import DivergedError
 
     config = PretrainConfig.model_validate(loop_config["config"])
     torch.set_num_threads(loop_config["threads"])
@@ -110,17 +115,10 @@ def _worker(loop_config: dict[str, Any]) -> None:
     inputs = {name: Artifact(Path(path), manifest) for name, (path, manifest) in loop_config["inputs"].items()}
     result: dict[str, Any]
     try:
-        outputs = pretrain.run(config, inputs, context)
-        result = {"kind": "done", "metrics": outputs.metrics, "facts": outputs.facts}
-    except Interrupted as interrupted:
-        result = {"kind": "interrupted", "message": str(interrupted)}
-        if rank == 0:
-            end_attempt(scratch, interrupted)
-    except DivergedError as diverged:
-        result = {"kind": "diverged", "message": str(diverged)}
-        if rank == 0:
-            end_attempt(scratch, diverged)
-    except Refusal as refusal:
-        result = {"kind": "refusal", "message": str(refusal)}
+        with ends_noted(scratch) if rank == 0 else nullcontext():
+            outputs = pretrain.run(config, inputs, context)
+        result = {"ended": None, "metrics": outputs.metrics, "facts": outputs.facts}
+    except tuple(ENDS.values()) as end:
+        result = {"ended": type(end).__name__, "message": str(end)}
     if rank == 0:
         write_atomically(scratch / RESULT, json.dumps(result))

@@ -5,7 +5,8 @@ scratch_dir/last_end         why the attempt before ended, if anybody lived to s
 """
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def end_attempt(scratch_dir: Path, cause: BaseException | str) -> None:
     text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {first_line(cause)}"
     with suppress(OSError):  # on a full disk the reason itself is the one to hear of
         write_atomically(scratch_dir / LAST_END, text[:500])
+
+
+@contextmanager
+def ends_noted(scratch_dir: Path) -> Iterator[None]:
+    """Inside, an exception is the end of the attempt that began there; of a start that came to none it is not."""
+    before = len(read_attempts(scratch_dir))
+    try:
+        yield
+    except BaseException as error:
+        if len(read_attempts(scratch_dir)) > before:
+            end_attempt(scratch_dir, error)
+        raise
 
 
 def read_attempts(scratch_dir: Path) -> list[dict[str, Any]]:

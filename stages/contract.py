@@ -40,6 +40,10 @@ class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
     """The stage was asked to stop; it has saved what it needs to go on later."""
 
 
+class DivergedError(RuntimeError):
+    """Training gave up: too many steps in a row were not finite. A restart would not help."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A committed generation of an upstream stage: its directory and its manifest (config, facts, metrics)."""

@@ -28,7 +28,7 @@ from stages.attempts import begin_attempt
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.checkpoint_saver import CheckpointSaver
-from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from stages.contract import Artifact, Context, DivergedError, Interrupted, Outputs, Refusal
 from stages.determinism import deterministic_if_asked
 from stages.dtensors import whole_tensors
 from stages.gradients import accumulate_gradients, sum_over_workers
@@ -40,7 +40,7 @@ from stages.pretrain_config import PretrainConfig
 from stages.resume import last_logged_step, run_identity
 from stages.schedule import learning_rate
 from stages.shards import TokenShards
-from stages.skipped_steps import DivergedError, diverged, divergence, reason_to_skip, record
+from stages.skipped_steps import diverged, divergence, reason_to_skip, record
 from stages.training_numbers import machine, run_numbers, speed_numbers, step_numbers
 from stages.window_losses import mean_loss
 

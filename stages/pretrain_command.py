@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from stages import pretrain
-from stages.attempts import end_attempt
+from stages.attempts import ends_noted
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
 from stages.determinism import prepare_cublas
 from stages.pretrain_inputs import read_config, verified_corpus
@@ -164,12 +164,8 @@ def train(options: argparse.Namespace, caught: list[int]) -> None:
             scratch.mkdir(exist_ok=True)
             (scratch / "stop").unlink(missing_ok=True)
         context = CommandContext(output, scratch, rank, world_size, caught=caught)
-        try:
+        with ends_noted(scratch) if rank == 0 else nullcontext():
             outputs = pretrain.run(config, {"tokenize": corpus}, context)
-        except BaseException as error:
-            if rank == 0:
-                end_attempt(scratch, error)
-            raise
         if rank == 0:
             finish(output, identity, outputs)
 

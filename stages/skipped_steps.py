@@ -11,10 +11,6 @@ from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState
 
 
-class DivergedError(RuntimeError):
-    """Training gave up: too many steps in a row were not finite. A restart would not help."""
-
-
 def reason_to_skip(state: RunState, config: PretrainConfig, loss: float, norm: float) -> str | None:
     """Why this step must not be taken: something is not finite, or a spike beyond spike_sigma. None: take it.
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from stages.attempts import begin_attempt, end_attempt, read_attempts
+import pytest
+
+from stages.attempts import begin_attempt, end_attempt, ends_noted, read_attempts
 from tests.stages.toy_training import context_in
 
 
@@ -31,3 +33,13 @@ def test_attempts_are_numbered_and_know_how_the_last_one_ended(tmp_path: Path) -
 def test_only_the_first_worker_writes(tmp_path: Path) -> None:
     assert begin_attempt(context_in(tmp_path, rank=1, world_size=2), 0) == []
     assert not (tmp_path / "scratch" / "attempts.jsonl").exists()
+
+
+def test_only_what_ends_an_attempt_is_its_end(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    with pytest.raises(ValueError, match="loss"), ends_noted(context.scratch_dir):
+        begin_attempt(context, 0)
+        raise ValueError("the loss was nan")
+    with pytest.raises(ValueError, match="refused"), ends_noted(context.scratch_dir):
+        raise ValueError("the corpus was refused before training began")
+    assert begin_attempt(context, 20)[1]["cause"] == "ValueError: the loss was nan"

@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from model.transformer import Transformer
 from stages import pretrain
 from stages.before_training import warn_of_settings
-from stages.contract import Artifact, Context, Interrupted, Refusal
+from stages.contract import Artifact, Context, DivergedError, Interrupted, Refusal
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState
-from stages.skipped_steps import DivergedError, reason_to_skip, record
+from stages.skipped_steps import reason_to_skip, record
 from tests.stages.toy_training import context_in, start_process, tiny_run, toy_corpus
 
 SPIKES = {"spike_sigma": 0.5, "spike_window": 3, "lr": 0.2, "warmup_steps": 1}  # so rough that steps are skipped
