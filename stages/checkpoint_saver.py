@@ -37,8 +37,16 @@ from stages.checkpoints import (
     prune_checkpoints,
 )
 from stages.contract import Context, Refusal
+from stages.parallel import check_process_group
 from stages.pretrain_config import PretrainConfig
-from stages.resume import RunState, Snapshot, read_resume_checkpoint, take_snapshot, write_resume_checkpoint
+from stages.resume import (
+    RunState,
+    Snapshot,
+    check_resume_checkpoint,
+    read_resume_checkpoint,
+    take_snapshot,
+    write_resume_checkpoint,
+)
 
 Result = TypeVar("Result")
 
@@ -81,12 +89,8 @@ class CheckpointSaver:
         Worker 0 verifies and decides; the others must see the same manifest, or all refuse.
         """
         context = self.context
+        check_process_group(context)
         if context.world_size > 1:
-            if not dist.is_initialized() or dist.get_world_size() != context.world_size:
-                raise RuntimeError(
-                    f"world_size={context.world_size}, but torch.distributed's process group is not initialised with "
-                    "as many workers; call torch.distributed.init_process_group first"
-                )
             self._group = dist.new_group(backend="gloo")
         warn = partial(warnings.warn, stacklevel=2)
         newest = self._together(lambda: newest_checkpoint(self.folder, warn) if context.rank == 0 else None)[0]
@@ -98,8 +102,8 @@ class CheckpointSaver:
             )
         if newest is None:
             return RunState()
-        read = partial(read_resume_checkpoint, rank=context.rank, group=self._group)
-        return read(newest, model, optimizer, identity)
+        self._together(lambda: check_resume_checkpoint(newest, identity))
+        return read_resume_checkpoint(newest, model, optimizer, context.rank, self._group)
 
     def save(
         self,
@@ -197,7 +201,9 @@ class CheckpointSaver:
         prune_checkpoints(committed, self.config.keep_checkpoints, self.config.keep_checkpoint_every)
 
     def _together(self, action: Callable[[], Result]) -> list[Result]:
-        """What `action` returned on each worker; if it failed on one it fails on all, with OSError if the disk did."""
+        """What `action` returned on each worker; if it failed on one it fails on all: with Refusal if only that was
+        said, with OSError if the disk did it.
+        """
         result, failure, cause = None, None, None
         try:
             result = action()
@@ -212,15 +218,19 @@ class CheckpointSaver:
             if self._group is None and not isinstance(cause, CheckpointException):
                 assert cause is not None
                 raise cause
-            kind = OSError if all(of_disk for of_disk, _ in failures) else RuntimeError
+            kinds = {kind for kind, _ in failures}
+            kind = kinds.pop() if len(kinds) == 1 else RuntimeError
             raise kind("; ".join(text for _, text in failures)) from cause
         return [result for result, _ in outcomes]
 
 
-def _failure(error: BaseException) -> tuple[bool, str]:
-    """(whether it is the disk's, what it says): of all workers, where DCP has collected their errors."""
+def _failure(error: BaseException) -> tuple[type[Exception], str]:
+    """(Refusal, OSError or, of anything else, RuntimeError; what it says): of all workers, where DCP has collected
+    their errors.
+    """
     errors = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    return all(isinstance(e, OSError) for e in errors), "; ".join(dict.fromkeys(map(str, errors)))
+    known = (kind for kind in (Refusal, OSError) if all(isinstance(e, kind) for e in errors))
+    return next(known, RuntimeError), "; ".join(dict.fromkeys(map(str, errors)))
 
 
 def _manifest_digest(directory: Path) -> str:

@@ -34,7 +34,7 @@ from stages.attempts import ends_noted
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
 from stages.determinism import prepare_cublas
 from stages.pretrain_inputs import read_config, verified_corpus
-from stages.resume import run_identity
+from stages.resume import other_identity, run_identity
 
 RESULT = "result.json"
 PRINT_EVERY_S = 10.0
@@ -242,10 +242,10 @@ def finished_result(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name in identity.keys() | found["identity"].keys():
-        before, now = found["identity"].get(name, "(absent)"), identity.get(name, "(absent)")
-        if before != now:
-            raise Refusal(f"--output {output}: holds a finished run with {name}={before}, not {now}; choose another")
+    other = other_identity(found["identity"], identity)
+    if other is not None:
+        name, before, now = other
+        raise Refusal(f"--output {output}: holds a finished run with {name}={before}, not {now}; choose another")
     return found
 
 

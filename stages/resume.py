@@ -126,28 +126,34 @@ def write_resume_checkpoint(directory: Path, snapshot: Snapshot, rank: int = 0, 
     return files
 
 
-def read_resume_checkpoint(
-    directory: Path,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    identity: Mapping[str, Any],
-    rank: int = 0,
-    group: Any = None,
-) -> RunState:
-    """Load a checkpoint, written by any number of workers, into model, optimizer and the random generators.
+def check_resume_checkpoint(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse, naming the field, a checkpoint of another format, config or corpus, and one whose metadata is damaged.
 
     `directory` is one that `checkpoint_problem` cleared on one worker; before the metadata is unpickled, every worker
-    holds it against the manifest once more. Refuses, naming the field, a checkpoint of another config or corpus, and
-    one that does not fit the model; nothing is changed then. A field that the checkpoint does not know yet was at its
-    default.
+    holds it against the manifest once more. A field that the checkpoint does not know yet was at its default.
     """
     _refuse_old_format(directory)
     problem = checkpoint_problem(directory, only=(DCP_METADATA, RUN_FILE, HISTORY_FILE))
     if problem is not None:
         raise Refusal(f"resume checkpoint {directory} is damaged: {problem}; delete it to go on from the one before")
     run = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-    _refuse_other_identity(directory, run["identity"], identity)
+    other = other_identity(run["identity"], identity)
+    if other is not None:
+        name, before, now = other
+        raise Refusal(
+            f"resume checkpoint {directory} was written with {name}={before}, this run has {name}={now}; "
+            f"set it back, or delete {directory.parent} to start over"
+        )
 
+
+def read_resume_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, rank: int = 0, group: Any = None
+) -> RunState:
+    """Load a checkpoint, written by any number of workers, into model, optimizer and the random generators.
+
+    `directory` has passed `check_resume_checkpoint`. Refuses one that does not fit the model; nothing is changed then.
+    """
+    run = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
     reader = FileSystemReader(directory)
     saved = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
@@ -201,15 +207,17 @@ def _refuse_old_format(directory: Path) -> None:
         )
 
 
-def _refuse_other_identity(directory: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def other_identity(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(name, found, expected) of the first field in which two identities of runs differ, or None.
+
+    A field that an older one does not know yet was at its default.
+    """
     defaults = _config_identity(PretrainConfig())
-    for name in expected.keys() | found.keys():
+    for name in sorted(expected.keys() | found.keys()):
         before, now = found.get(name, defaults.get(name, "(absent)")), expected.get(name, "(absent)")
         if before != now:
-            raise Refusal(
-                f"resume checkpoint {directory} was written with {name}={before}, this run has {name}={now}; "
-                f"set it back, or delete {directory.parent} to start over"
-            )
+            return name, before, now
+    return None
 
 
 def last_logged_step(metrics_file: Path) -> int:
