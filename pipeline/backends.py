@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
-from unittest.mock import patch
 
 from pipeline.execute import MapFunction, StageTask, execute_stage, map_in_processes, sigterm_saves
 from pipeline.experiment import Experiment, PretrainResources, StageResources
@@ -178,9 +177,8 @@ class RayBackend:
         import ray
 
         self._ray = ray
-        keep_sigterm = patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None)  # noqa: ARG005
         try:
-            with keep_sigterm, signal_handlers_kept():
+            with signal_handlers_kept():
                 ray.init(
                     address="local" if own else address,
                     include_dashboard=False if own else None,

@@ -14,10 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipeline.child_run import METRICS, ChildRun, log_what_is_new, logged_so_far
 from pipeline.code_version import CodeVersion, code_version
 from pipeline.document import dump_yaml
 from pipeline.experiment import Experiment
@@ -25,10 +24,11 @@ from pipeline.fingerprint import flatten
 from pipeline.lease import Holder, is_alive
 from pipeline.plan import Node, Plan
 from pipeline.store import Generation
-from pipeline.system_metrics import PREFIX, watch_machine
+from pipeline.system_metrics import watch_machine
 from pipeline.tracking_upload import (
     flat_facts,
     log_attempts,
+    log_dataset,
     log_files,
     log_model,
     log_params,
@@ -36,33 +36,9 @@ from pipeline.tracking_upload import (
     log_task_table,
 )
 from pipeline.tracking_uri import first_touch
-from stages.attempts import read_attempts
-
-if TYPE_CHECKING:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 EXPERIMENT_FILE = "experiment.yaml"
-METRICS = "metrics.jsonl"
 LAST_WORDS_S = 10.0  # `lazypipe submit` lets a stopped job live for 30 s, 15 of which its stages may take
-
-
-@dataclass
-class ChildRun:
-    """A stage's MLflow run and how far its metrics.jsonl has been logged."""
-
-    run_id: str
-    metrics_file: Path
-    offset: int = 0
-    last_step: int = -1
-    streamed: set[str] = field(default_factory=set)
-    scratch: Path | None = None  # where training notes its attempts
-    attempts: int = 0  # of them are tags already
-    monitor: SystemMetricsMonitor | None = None
-
-    def stop_monitor(self) -> None:
-        if self.monitor is not None:
-            self.monitor.finish()
-        self.monitor = None
 
 
 class Tracker:
@@ -182,7 +158,7 @@ class Tracker:
         def connect() -> None:
             self.client.set_tag(self.parent_id, f"lazypipe.cached.{node.id}", target)
             if run_id and tracking.get("uri") == self.uri and self._abandoned(run_id):
-                self.finish_child(self._logged_so_far(run_id, generation.path / METRICS), node, generation)
+                self.finish_child(logged_so_far(self.client, run_id, generation.path / METRICS), node, generation)
 
         self._safely(connect)
 
@@ -227,8 +203,13 @@ class Tracker:
             nonlocal child
             child = self._open_child(node, scratch, output_dir, leftovers, rerun_of)
 
+        def watch() -> None:
+            child.monitor = watch_machine(child.run_id, self.uri)
+
         if not self._safely(create):
             print(f"warning: {node.id} runs without an MLflow run; its metrics stay in the store", file=sys.stderr)
+        elif node.stage == "pretrain":
+            self._safely(watch)
         return child
 
     def _open_child(
@@ -263,8 +244,6 @@ class Tracker:
             log_params(self.client, child.run_id, params)
         child.scratch = scratch
         attempt.write_text(json.dumps({"run_id": child.run_id, "uri": self.uri}), encoding="utf-8")
-        if node.stage == "pretrain":
-            child.monitor = watch_machine(child.run_id, self.uri)
         return child
 
     def _resume_child(self, attempt: Path, tags: Mapping[str, str], leftovers: Sequence[Path]) -> ChildRun | None:
@@ -285,53 +264,16 @@ class Tracker:
         run_id = run.info.run_id
         self.client.update_run(run_id, status="RUNNING")
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        child = self._logged_so_far(run_id, attempt)
+        child = logged_so_far(self.client, run_id, attempt)
         for directory in leftovers:
             child.metrics_file, child.offset = directory / METRICS, 0
             self.pump(child)
         return child
 
-    def _logged_so_far(self, run_id: str, metrics_file: Path) -> ChildRun:
-        """A run as it is on the server: its last step, and the metrics it has. The monitor counts steps of its own."""
-        names = {name for name in self.client.get_run(run_id).data.metrics if not name.startswith(PREFIX)}
-        steps = [point.step for name in names for point in self.client.get_metric_history(run_id, name)]
-        return ChildRun(run_id, metrics_file, last_step=max(steps, default=-1), streamed=names)
-
     def pump(self, child: ChildRun) -> None:
-        """Log the complete lines of metrics.jsonl that were not logged yet."""
-        if not child.run_id:
-            return
-        if child.scratch is not None:
-            attempts = read_attempts(child.scratch)
-            new = attempts[child.attempts :]
-            if new and self._safely(lambda: log_attempts(self.client, child.run_id, new)):
-                child.attempts = len(attempts)
-        try:
-            with child.metrics_file.open("rb") as file:
-                file.seek(child.offset)
-                data = file.read()
-        except FileNotFoundError:
-            return
-        complete = data[: data.rfind(b"\n") + 1]
-        if complete and self._safely(lambda: self._log_lines(child, complete)):
-            child.offset += len(complete)
-
-    def _log_lines(self, child: ChildRun, lines: bytes) -> None:
-        from mlflow.entities import Metric
-
-        points, last = [], child.last_step
-        for line in lines.splitlines():
-            entry = json.loads(line)
-            step = int(entry["step"])
-            if step <= child.last_step:
-                continue
-            last = max(last, step)
-            child.streamed.update(entry["metrics"])
-            stamp = int(entry["time"] * 1000)
-            points += [Metric(name, value, stamp, step) for name, value in entry["metrics"].items()]
-        for start in range(0, len(points), 1000):
-            self.client.log_batch(child.run_id, metrics=points[start : start + 1000])
-        child.last_step = last
+        """Log what the stage has reported since the last time."""
+        if child.run_id:
+            self._safely(lambda: log_what_is_new(self.client, child))
 
     def finish_child(self, child: ChildRun, node: Node, generation: Generation) -> None:
         """Log what a finished stage left: final numbers, corpus, pictures, tables, small files, its checkpoint."""
@@ -354,26 +296,12 @@ class Tracker:
             self._safely(lambda: log_model(self.client, self.experiment_id, child.run_id, node, generation))
 
     def log_corpus(self, run_id: str, corpus: Generation, context: str) -> None:
-        """Attach the tokenized corpus as an MLflow dataset; its digest is the first 32 of its fingerprint."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        facts = corpus.manifest["facts"]
-        source = json.dumps({"kind": facts["source"]["kind"], "path": str(corpus.path)})
-        profile = json.dumps({k: corpus.manifest["metrics"][k] for k in sorted(corpus.manifest["metrics"])})
-        dataset = Dataset(
-            name=f"{facts['source']['kind']}-corpus",
-            digest=corpus.fingerprint[:32],
-            source_type="local",
-            source=source,
-            profile=profile,
-        )
-        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])]
+        """Attach the tokenized corpus to a run as an MLflow dataset. context: training, evaluation or tokenized."""
         if run_id:
-            self._safely(lambda: self.client.log_inputs(run_id, datasets=inputs))
+            self._safely(lambda: log_dataset(self.client, run_id, corpus, context))
 
     def fail_child(self, child: ChildRun, status: str, error: str) -> None:
         """Say how a stage ended before logging what it left: whoever stopped the driver may not wait for that."""
-        child.stop_monitor()
 
         def close() -> None:
             self.client.set_terminated(child.run_id, status=status)
@@ -383,6 +311,7 @@ class Tracker:
 
         if child.run_id:
             self._end(close)
+        child.stop_monitor()
         self.pump(child)
 
     # ---- what the methods above share

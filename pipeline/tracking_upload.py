@@ -73,6 +73,21 @@ def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> 
         client.log_batch(run_id, params=entries[start : start + 100])
 
 
+def log_dataset(client: MlflowClient, run_id: str, corpus: Generation, context: str) -> None:
+    """A tokenized corpus as an MLflow dataset; its digest is the first 32 of its fingerprint."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    facts = corpus.manifest["facts"]
+    dataset = Dataset(
+        name=f"{facts['source']['kind']}-corpus",
+        digest=corpus.fingerprint[:32],
+        source_type="local",
+        source=json.dumps({"kind": facts["source"]["kind"], "path": str(corpus.path)}),
+        profile=json.dumps(corpus.manifest["metrics"], sort_keys=True),
+    )
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])])
+
+
 def log_attempts(client: MlflowClient, run_id: str, attempts: Sequence[Mapping[str, Any]]) -> None:
     """Tags of a training run: how many attempts it has taken, and of each where it began and what ended the last."""
     for entry in attempts:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.backends import Backend, Demand, Finished, demand_of
+from pipeline.child_run import ChildRun
 from pipeline.execute import LeaseLostError, StageTask
 from pipeline.experiment import Experiment
 from pipeline.lease import Heartbeat, Holder, acquire, held_by, release
@@ -23,7 +24,7 @@ from pipeline.plan import FORCED, Decision, Plan, was_forced
 from pipeline.preflight import check_lengths
 from pipeline.progress import Display
 from pipeline.store import MANIFEST, Generation, Store, read_generation
-from pipeline.tracking import ChildRun, Tracker
+from pipeline.tracking import Tracker
 from stages.contract import Interrupted, Refusal, first_line
 from stages.evaluate_config import EvaluateConfig
 
@@ -246,8 +247,8 @@ class Walk:
             self.tracker.fail_child(running.child, "KILLED", str(finished.error))
         else:
             outcome.state, outcome.error, outcome.traceback = "failed", finished.error, finished.traceback
-            self._discard_output(running)
             self.tracker.fail_child(running.child, "FAILED", finished.traceback or str(finished.error))
+            self._discard_output(running)
             self.display.set(node.id, "failed", first_line(finished.error))
         self._release(running.directory)
 
@@ -261,8 +262,9 @@ class Walk:
         self.display.set(node_id, "killed", "resumes with the next run" if resumes else "")
 
     def _discard_output(self, running: Running) -> None:
-        """Remove the uncommitted generation of an execution that ended; its scratch (checkpoints) stays."""
-        self.tracker.pump(running.child)
+        """Remove the uncommitted generation of an execution that ended, when its metrics are logged; its scratch
+        (checkpoints) stays.
+        """
         if held_by(running.directory, self.me.token) and not (running.output_dir / MANIFEST).exists():
             shutil.rmtree(running.output_dir, ignore_errors=True)
 

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.backends import Capacity, Demand, Finished
+from pipeline.child_run import ChildRun
 from pipeline.execute import StageTask
 from pipeline.experiment import compose
 from pipeline.lease import held_by, myself
 from pipeline.plan import Node, Selection, build_nodes, decide
 from pipeline.progress import Display
 from pipeline.store import Entry, Generation, Store, read_generation
-from pipeline.tracking import ChildRun
 from pipeline.walk import Outcome, Walk
 from tests.pipeline.filled_store import SMALL, SOURCE
 

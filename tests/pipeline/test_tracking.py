@@ -161,6 +161,20 @@ def test_an_interrupted_parent_is_taken_up_and_a_living_one_is_not(tracked: tupl
     assert third.client.get_run(third.parent_id).info.status == "RUNNING"
 
 
+def test_a_training_run_whose_machine_cannot_be_watched_is_logged_all_the_same(
+    tracked: tuple[Tracker, Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(*_: Any) -> None:
+        raise MlflowException("no such sensor")
+
+    tracker, plan, _ = tracked
+    monkeypatch.setattr("pipeline.tracking.watch_machine", blind)
+    child = tracker.open_child(plan["pretrain/lazy"].node, tmp_path, tmp_path, [], None)
+    (tmp_path / "metrics.jsonl").write_text(line(1, loss=3.0))
+    tracker.pump(child)
+    assert steps(tracker, child.run_id) == [1]
+
+
 def test_the_end_of_a_stage_is_said_again_when_the_server_did_not_take_it(
     tracked: tuple[Tracker, Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
