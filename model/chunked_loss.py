@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 class Losses(NamedTuple):
     """objective = cross_entropy + z_loss * log_z_squared, with gradient; the two parts are for the record, without.
 
-    cross_entropy  -log p_target in nats; log_z_squared  logsumexp(logits)^2: each the mean or sum of N tokens, or [N].
+    cross_entropy  -log p_target in nats; log_z_squared  logsumexp(logits)^2, 0 without z_loss: each the mean or sum of
+    N tokens, or [N].
     """
 
     objective: Tensor
@@ -32,7 +33,7 @@ class Losses(NamedTuple):
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor, reduction: str = "mean", z_loss: float = 0.0) -> Losses:
-    """The same of logits [N, V] that are at hand. Without z_loss log_z_squared is 0 and costs nothing."""
+    """The same of logits [N, V] that are at hand."""
     cross_entropy = F.cross_entropy(logits, targets, reduction=reduction)
     if not z_loss:
         return Losses(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy))
@@ -64,7 +65,7 @@ def losses_in_chunks(
             for h, t in zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
         ]
     rows, log_z = (torch.cat(part) for part in zip(*parts, strict=True))
-    cross_entropy, squares = _reduced(rows, reduction), _reduced(log_z.square(), reduction)
+    cross_entropy, squares = _reduced(rows, reduction), _reduced(log_z.square() * bool(z_loss), reduction)
     return Losses(cross_entropy + z_loss * squares, cross_entropy, squares)
 
 
@@ -95,9 +96,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 h, t = hidden[rows].to(dtype), targets[rows]
                 loss, log_z, log_probs = _rows(h, operand, t)
                 cross_entropy += loss.sum()
-                squares += log_z.square().sum()
                 gradient = log_probs.exp_()
                 if z_loss:
+                    squares += log_z.square().sum()
                     gradient *= 1 + 2 * z_loss * log_z[:, None]
                 gradient[torch.arange(len(t), device=t.device), t] -= 1
                 gradient = gradient.mul_(scale).to(dtype)

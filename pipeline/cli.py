@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -274,38 +275,30 @@ def generate(
     generate_command(target, variant, overrides or (), root, texts, sampling, as_json)
 
 
+BENCHMARKS = {  # where each is; a function of the remaining arguments
+    "kernels": ("kernels.bench", "main"),
+    "tokenize": ("pipeline.bench_tokenize", "bench_tokenize"),
+    "pretrain": ("stages.pretrain_bench", "main"),
+    "generate": ("pipeline.bench_generate", "bench_generate"),
+    "evaluate": ("stages.harness_bench", "main"),
+}
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels, tokenize, pretrain, generate or evaluate")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(BENCHMARKS))],
 ) -> None:
     """Time one of them against others; `bench WHAT --help` lists the options."""
     from pipeline.document import nearest
 
-    if what == "generate":
-        from pipeline.bench_generate import bench_generate
-
-        bench_generate(context.args)
+    if what in ("--help", "-h"):
+        console().print(f"Usage: lazypipe bench WHAT [OPTIONS]; WHAT is {', '.join(BENCHMARKS)}", highlight=False)
         return
-    if what == "tokenize":
-        from pipeline.bench_tokenize import bench_tokenize
-
-        bench_tokenize(context.args)
-        return
-    if what == "evaluate":
-        from stages.harness_bench import main as bench_evaluate
-
-        raise typer.Exit(bench_evaluate(context.args))
-    if what == "pretrain":
-        from stages.pretrain_bench import main as bench_pretrain
-
-        raise typer.Exit(bench_pretrain(context.args))
-    if what != "kernels":
-        known = ["kernels", "tokenize", "pretrain", "generate", "evaluate"]
-        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, known)}")
-    from kernels.bench import main as bench_kernels
-
-    raise typer.Exit(bench_kernels(context.args))
+    if what not in BENCHMARKS:
+        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, list(BENCHMARKS))}")
+    module, function = BENCHMARKS[what]
+    raise typer.Exit(getattr(importlib.import_module(module), function)(context.args) or 0)
 
 
 def main() -> NoReturn:

@@ -8,8 +8,14 @@ from model.config import PEER_PACKAGE, PEERS
 from stages.pretrain_config import PretrainConfig
 
 
-def warn_of_settings(config: PretrainConfig) -> None:
-    """Warn of settings that do not do what they say in this model."""
+def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
+    """Warn of settings that do not do what they say in this model, and of workers without work."""
+    if world_size > config.micro_batches_per_step:
+        warnings.warn(
+            f"{world_size} workers share {config.micro_batches_per_step} micro-batches a step, so the rest of them is "
+            "idle; lower workers or micro_batch_size, or raise tokens_per_step",
+            stacklevel=2,
+        )
     if config.warmup_steps >= config.steps:
         warnings.warn(
             f"warmup_steps={config.warmup_steps} is not below steps={config.steps}: the learning rate only rises, to "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract import Refusal, first_line
-from stages.remote import filesystem_of, is_uri, unreachable
+from stages.remote import filesystem_of, unreachable
 
 _KEY = "tokenize.copy_to"
 _MANIFEST = "manifest.json"
@@ -36,11 +36,9 @@ class Copied:
 
 def check_target(uri: str) -> None:
     """Refuse, before anything is computed, a folder that cannot be written: a small file is put there and removed."""
-    if not is_uri(uri):
-        raise Refusal(f"{_KEY}: {uri!r} is not a URI; give one such as s3://BUCKET/FOLDER or file:///data/corpus")
-    filesystem, folder = filesystem_of(uri)
-    probe = f"{folder}/.lazypipe-{secrets.token_hex(4)}"
     try:
+        filesystem, folder = filesystem_of(uri, _KEY)
+        probe = f"{folder}/.lazypipe-{secrets.token_hex(4)}"
         _make_folder(filesystem, folder)
         with filesystem.open_output_stream(probe) as stream:
             stream.write(b"may this be written?")
@@ -54,7 +52,7 @@ def copy_corpus(generation: Path, uri: str, report: Callable[[int, int], None] |
 
     Refusal when the file system answers with an error: the corpus is committed, and another run copies the rest.
     """
-    filesystem, folder = filesystem_of(uri)
+    filesystem, folder = filesystem_of(uri, _KEY)
     text = (generation / _MANIFEST).read_bytes()
     files: dict[str, dict[str, Any]] = json.loads(text)["files"]
     sent = size = done = present = 0

@@ -25,6 +25,7 @@ from model.checkpoint import save_checkpoint
 from model.peers import build_model
 from model.transformer import count_parameters
 from stages.attempts import begin_attempt
+from stages.attention_numbers import attention_numbers, summary
 from stages.batches import training_batch, validation_windows
 from stages.before_training import check_kernels, kernel_used, warn_of_settings
 from stages.checkpoint_saver import CheckpointSaver
@@ -32,7 +33,6 @@ from stages.contract import Artifact, Context, DivergedError, Interrupted, Outpu
 from stages.determinism import deterministic_if_asked
 from stages.dtensors import whole_tensors
 from stages.gradients import accumulate_gradients, sum_over_workers
-from stages.lazy_numbers import lazy_numbers, summary
 from stages.optimizer import build_optimizer, set_learning_rate
 from stages.parallel import check_process_group, clip_gradients, gradient_norm, is_sharded, place_model
 from stages.peers import refuse_peer
@@ -49,10 +49,10 @@ from stages.window_losses import mean_loss
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Train `config.model` on the tokenized corpus; see stages/contract.py for `context`.
 
-    Writes checkpoint/ and tables/history, and logs what stages/training_numbers.py and stages/lazy_numbers.py name:
-    losses, gradient norm, speed and memory, and by layer tau, sparsity and sink. Refuses a corpus without a window of
-    seq_len tokens and a resume checkpoint of another config. Raises Interrupted, with its state saved, when a stop is
-    requested; DivergedError when training diverges.
+    Writes checkpoint/ and tables/history, and logs losses, gradient norm, speed and memory (stages/training_numbers.py)
+    and by layer tau, sparsity and sink (stages/attention_numbers.py). Refuses a corpus without a window of seq_len
+    tokens and a resume checkpoint of another config. Raises Interrupted, with its state saved, when asked to stop;
+    DivergedError when training diverges.
     """
     with CheckpointSaver(config, context) as saver:
         return train_with(saver, config, inputs, context)
@@ -67,7 +67,7 @@ def train_with(
     held_out = validation_windows(validation, config.seq_len, config.validation_windows)
     side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
     training_batch(train, config.seq_len, config.seed, 0, 1)  # refuses a corpus too small before any compute
-    warn_of_settings(config)
+    warn_of_settings(config, context.world_size)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_peer(config.model, device)
@@ -122,7 +122,7 @@ def train_with(
             numbers = step_numbers(config, loss_value, balance, log_z, lr, norm_value, seconds, validation_loss)
             numbers |= speed_numbers(config, under, seconds, waited, device)
             with autocast:
-                by_layer = lazy_numbers(model, config, validation, held_out, validate, state.step, eos_id)
+                by_layer = attention_numbers(model, config, validation, held_out, validate, state.step, eos_id)
             measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
             columns = {name: measured.get(name) for name in numbers} | summary(by_layer, config)
             state.history.append({"step": state.step, **columns})

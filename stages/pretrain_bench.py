@@ -1,6 +1,6 @@
 """What our training loop costs beside others that train the same model on the same batches: `lazypipe bench pretrain`.
 
-    ours     stages.pretrain.run as it is: reading shards, logging every step, the samples of stages/lazy_numbers.py
+    ours     stages.pretrain.run as it is: reading shards, logging every step, sampling sparsity and sink
     bare     forward, backward, clipping, fused AdamW and one .item() a step, the batches made beforehand
     trainer  transformers.Trainer around the model, logging every step (when transformers and accelerate are installed)
 

@@ -60,22 +60,25 @@ def file_name(file: Path | str) -> str:
     return file.name if isinstance(file, Path) else unquote(file.split("?", 1)[0]).rsplit("/", 1)[-1]
 
 
-def filesystem_of(uri: str) -> tuple[Any, str]:
-    """(pyarrow file system, path in it). Refusal for a scheme that pyarrow does not know and for a malformed URI."""
+def filesystem_of(uri: str, key: str | None = None) -> tuple[Any, str]:
+    """(pyarrow file system, path in it). Refusal, naming the field `key`, for a URI that holds a password, is malformed
+    or of a scheme that pyarrow does not know; OSError when a file system is asked on the way and does not answer.
+    """
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem
 
+    field = "" if key is None else f"{key}: "
     if _SECRET.search(uri):
         raise Refusal(
-            f"{_SECRET.sub('://...@', uri)!r} holds a password, and experiment files are stored and logged; leave it "
-            "out and set the environment variables of the file system (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            f"{field}{_SECRET.sub('://...@', uri)!r} holds a password, and experiment files are stored and logged; "
+            "leave it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what the file system reads"
         )
     try:
         return cast("tuple[Any, str]", FileSystem.from_uri(uri))
-    except (ArrowException, ValueError, OSError) as error:
+    except (ArrowException, ValueError) as error:
         raise Refusal(
-            f"{uri!r} cannot be opened: {first_line(error)}. Known are local paths, file://, s3:// and gs:// (as "
-            "s3://BUCKET/PATH), and what else pyarrow.fs.FileSystem.from_uri takes"
+            f"{field}{uri!r} cannot be opened: {first_line(error)}. Known are local paths, file://, s3:// and gs:// "
+            "(as s3://BUCKET/PATH), and what else pyarrow.fs.FileSystem.from_uri takes"
         ) from None
 
 
@@ -88,7 +91,7 @@ def matching(pattern: str, key: str) -> list[str]:
     end = f"{mark}{query}"
     magic = _MAGIC.search(address, len(cast("re.Match[str]", _URI.match(address)).group()))
     if magic is None:
-        info = _look(pattern, key)[0]
+        info = _look(pattern, key, pattern)[0]
         if not info.is_file:
             what = "is a folder; name its files with a glob such as" if info.type.name == "Directory" else ""
             hint = f"{what} {address.rstrip('/')}/*.jsonl" if what else "does not exist; correct it"
@@ -96,7 +99,7 @@ def matching(pattern: str, key: str) -> list[str]:
         return [pattern]
     folder, relative = address[: magic.start()].rpartition("/")[0], address[: magic.start()].rpartition("/")[2]
     relative += address[magic.start() :]
-    root, listed = _look(folder + end, key, below=True)
+    root, listed = _look(folder + end, key, pattern, below=True)
     if root.type.name == "NotFound":
         raise Refusal(f"{key}: {pattern!r}: there is no folder {folder!r}; correct it")
     wanted = [unquote(part) for part in relative.split("/")]
@@ -110,16 +113,16 @@ def matching(pattern: str, key: str) -> list[str]:
     return [f"{folder}/{quote(name)}{end}" for name in found]
 
 
-def _look(uri: str, key: str, below: bool = False) -> tuple[Any, list[Any]]:
-    """(what is at a URI, all that is below it if asked)."""
+def _look(uri: str, key: str, pattern: str, below: bool = False) -> tuple[Any, list[Any]]:
+    """(what is at a URI, all that is below it if asked); `pattern` is what the user wrote."""
     from pyarrow.fs import FileSelector
 
-    filesystem, path = filesystem_of(uri)
     try:
+        filesystem, path = filesystem_of(uri, key)
         info = filesystem.get_file_info(path)
         listed = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True)) if below else []
     except OSError as error:
-        raise Refusal(unreachable(uri, key, error)) from None
+        raise Refusal(unreachable(pattern, key, error)) from None
     return info, listed
 
 

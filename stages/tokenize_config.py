@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.config_base import StageConfig, operational
+from stages.remote import is_uri
 
 
 class EmbeddedSource(StageConfig):
@@ -88,13 +89,16 @@ class TokenizeConfig(StageConfig):
     )
     filters: Filters = Field(Filters(), description="which documents are left out")
     shard_bytes: int = operational(64 * 2**20, ge=2**12, description="approximate size of a token shard in bytes")
-
     copy_to: str | None = operational(
         None, min_length=1, description="URI of a folder (s3://, gs://, file://) the stored corpus is copied to"
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.copy_to is not None and not is_uri(self.copy_to):
+            raise ValueError(
+                f"copy_to={self.copy_to} is not a URI; give one such as s3://BUCKET/FOLDER or file:///data/corpus"
+            )
         vocab_size = getattr(self.tokenizer, "vocab_size", 0)
         if self.token_dtype == "uint16" and vocab_size > 2**16:
             raise ValueError(

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 import stages.remote as remote
 import stages.source_files as source_files
@@ -41,9 +42,9 @@ def base(request, tmp_path, monkeypatch) -> str:
     real = remote.filesystem_of
     below = pyarrow.fs.SubTreeFileSystem(str(folder.parent), pyarrow.fs.LocalFileSystem())
 
-    def filesystem_of(uri: str):
+    def filesystem_of(uri: str, key: str | None = None):
         if not uri.startswith("s3://"):
-            return real(uri)
+            return real(uri, key)
         return below, remote.unquote(uri.removeprefix("s3://").split("?")[0])
 
     for module in ("stages.remote", "stages.corpus_copy"):
@@ -102,13 +103,25 @@ def test_what_is_not_there_is_refused_by_name(base, path, said):
 
 
 def test_uris_that_mean_nothing_or_hold_a_secret():
-    with pytest.raises(Refusal, match=r"'ftp://host/a.txt' cannot be opened: .*Known are local paths, file://, s3://"):
+    with pytest.raises(
+        Refusal, match=r"source.paths: 'ftp://host/a.txt' cannot be opened: .*Known are local paths, file://, s3://"
+    ):
         check_source(TokenizeConfig(source=source("ftp://host/a.txt")), None)
-    with pytest.raises(Refusal, match=r"'s3://...@bucket/a.txt' holds a password") as error:
+    with pytest.raises(Refusal, match=r"source.paths: 's3://...@bucket/a.txt' holds a password") as error:
         check_source(TokenizeConfig(source=source("s3://key:secret@bucket/a.txt")), None)
     assert "secret@" not in str(error.value)
-    with pytest.raises(Refusal, match="copy_to: '/data' is not a URI; give one such as"):
-        check_target("/data")
+    with pytest.raises(ValidationError, match="copy_to=/data is not a URI; give one such as"):
+        TokenizeConfig(copy_to="/data")
+
+
+def test_a_bucket_that_does_not_answer_is_named_as_the_user_wrote_it(monkeypatch):
+    def silent(*_):
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadBucket operation")
+
+    monkeypatch.setattr("stages.remote.filesystem_of", silent)
+    said = r"source.paths: 's3://bucket/x/\*.txt' cannot be reached: AWS Error NETWORK_CONNECTION.*credentials"
+    with pytest.raises(Refusal, match=said):
+        check_source(TokenizeConfig(source=source("s3://bucket/x/*.txt")), None)
 
 
 def committed(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """One, two and four workers, replicated and sharded: the same micro-batches, and with ordered sums the same bits."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from model.transformer import Transformer
 from stages.batches import share_of_worker
+from stages.before_training import warn_of_settings
 from stages.contract import Artifact
 from stages.pretrain_config import PretrainConfig
 from stages.reduction_bench import bytes_sent
@@ -213,6 +215,14 @@ def test_fsdp_refuses_what_does_not_pass_block_by_block() -> None:
     for fields in ({"model": {"mixer": "elliptical"}}, {"model": {"mixer": "sink"}, "sink_balance": 0.01}):
         with pytest.raises(ValidationError, match=r"FSDP2 hands each block a copy.*set parallel: replicate"):
             PretrainConfig.model_validate({**fields, "parallel": "fsdp"})
+
+
+def test_workers_without_a_micro_batch_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="4 workers share 3 micro-batches a step, so the rest of them is idle"):
+        warn_of_settings(config("standard"), 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_settings(config("standard"), 3)
 
 
 def test_one_worker_has_nothing_to_shard(corpus: Artifact, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ SAMPLE_WINDOWS = 2
 SAMPLE_EVERY = 10
 
 
-def lazy_numbers(
+def attention_numbers(
     model: Transformer,
     config: PretrainConfig,
     shards: TokenShards,
