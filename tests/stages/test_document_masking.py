@@ -19,16 +19,13 @@ from stages.gradients import accumulate_gradients
 from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 from tests.model.tiny_model import with_side_text
-from tests.stages.test_mechanisms import learns_and_resumes, one_thread  # noqa: F401  (a fixture used by its name)
-from tests.stages.toy_training import context_in, metric_lines, tiny_run, toy_corpus
+from tests.stages.test_mechanisms import learns_and_resumes
+from tests.stages.toy_training import context_in, metric_lines, tiny_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIRST_SAMPLE = 8  # of the second step
 BRIEF = {"standard", "lazy", "gating", "text_qk", "elliptical"}  # each takes the documents apart in its own way
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def short_documents(corpus: Artifact) -> Artifact:

@@ -16,15 +16,10 @@ from stages.contract import Artifact, Interrupted, Outputs, Refusal
 from stages.evaluate_config import PROBES, EvaluateConfig
 from stages.shards import TokenShards
 from stages.token_bytes import byte_scale, token_byte_counts
-from tests.stages.toy_training import context_in, tiny_run, toy_corpus
+from tests.stages.toy_training import context_in, tiny_run
 
 SEQ_LEN, MAX_SEQ_LEN = 32, 64
 MIXERS = ("standard", "lazy")  # tests/stages/test_mechanisms.py decodes with them all
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module", params=MIXERS)

@@ -15,15 +15,12 @@ from stages.contract import Artifact
 from stages.pretrain_config import PretrainConfig
 from stages.report_findings import findings
 from tests.model.test_lazy_ablations import ABLATIONS
-from tests.stages.test_mechanisms import learns_and_resumes, one_thread  # noqa: F401  (a fixture used by its name)
-from tests.stages.toy_training import context_in, metric_lines, tiny_run, toy_corpus
+from tests.stages.test_mechanisms import learns_and_resumes
+from tests.stages.toy_training import context_in, metric_lines, tiny_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BRIEF = {"no_bias", "no_elastic", "one_tau", "constant"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def config_of(name: str, pattern: object = "uniform") -> PretrainConfig:

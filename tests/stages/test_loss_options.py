@@ -12,12 +12,7 @@ from stages.batches import training_batch
 from stages.contract import Artifact
 from stages.gradients import accumulate_gradients
 from stages.shards import TokenShards
-from tests.stages.toy_training import context_in, metric_lines, tiny_run, toy_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.stages.toy_training import context_in, metric_lines, tiny_run
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,22 +16,11 @@ from stages import pretrain
 from stages.contract import Artifact, Context, Interrupted
 from stages.pretrain_config import PretrainConfig
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny, with_side_text
-from tests.stages.toy_training import context_in, tiny_run, toy_corpus
+from tests.stages.toy_training import context_in, tiny_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIXES_NOTHING = {"mlp"}  # a token changes its own position only
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "even"])

@@ -18,14 +18,9 @@ from stages.contract import Artifact, Refusal
 from stages.evaluate_config import EvaluateConfig
 from stages.pretrain_config import PretrainConfig
 from tests.peers_package import import_peers_package
-from tests.stages.toy_training import context_in, tiny_run, toy_corpus
+from tests.stages.toy_training import context_in, tiny_run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

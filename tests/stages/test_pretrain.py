@@ -23,15 +23,12 @@ from stages.batches import training_batch, validation_windows
 from stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
 from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
-from tests.stages.toy_training import context_in, metric_lines, start_process, tiny_run, toy_corpus
+from tests.stages.toy_training import context_in, metric_lines, start_process, tiny_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TIMINGS = {"tokens_per_s", "step_seconds", "data_wait", "peak_memory_gb"}
 MIXERS = ("standard", "lazy")  # with thresholds and without; tests/stages/test_mechanisms.py trains them all
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +39,6 @@ def undisturbed(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> d
         directories[mixer] = tmp_path_factory.mktemp(mixer)
         train(tiny_run(mixer), corpus, directories[mixer])
     return directories
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(config: PretrainConfig, corpus: Artifact, directory: Path) -> Outputs:

@@ -12,12 +12,7 @@ from stages.contract import Artifact, Refusal
 from stages.evaluate_config import EvaluateConfig
 from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
-from tests.stages.toy_training import context_in, tiny_run, toy_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.stages.toy_training import context_in, tiny_run
 
 
 @pytest.fixture(scope="module")

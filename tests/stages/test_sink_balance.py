@@ -18,15 +18,11 @@ from stages.gradients import accumulate_gradients
 from stages.pretrain_config import PretrainConfig
 from stages.shards import TokenShards
 from tests.model.tiny_model import awake, some_tokens, tiny
-from tests.stages.test_mechanisms import one_thread  # noqa: F401  (a fixture used by its name)
-from tests.stages.toy_training import context_in, metric_lines, tiny_run, toy_corpus
+from tests.stages.toy_training import context_in, metric_lines, tiny_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = [1, 9, 4, 9]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def importance(mixer: torch.nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:

@@ -20,22 +20,11 @@ from stages.contract import Artifact, Context, DivergedError, Interrupted, Refus
 from stages.pretrain_config import PretrainConfig
 from stages.resume import RunState
 from stages.skipped_steps import reason_to_skip, record
-from tests.stages.toy_training import context_in, start_process, tiny_run, toy_corpus
+from tests.stages.toy_training import context_in, start_process, tiny_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPIKES = {"spike_sigma": 0.5, "spike_window": 3, "lr": 0.2, "warmup_steps": 1}  # so rough that steps are skipped
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def verdicts(config: PretrainConfig, losses: list[float], norms: list[float]) -> tuple[list[bool], RunState]:

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from stages.before_training import warn_of_settings
 from stages.contract import Artifact
 from stages.pretrain_config import PretrainConfig
 from stages.reduction_bench import bytes_sent
-from tests.stages.toy_training import tiny_run, toy_corpus
+from tests.stages.toy_training import tiny_run
 from tests.stages.worker_runs import Run, result_of, train_here, train_on, weights_of, windows_read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MICRO_BATCHES = 3  # of 4 windows of 32 tokens: neither two workers nor four divide them
 STEPS = 50
@@ -28,19 +29,6 @@ STEPS = 50
 def config(mixer: str, **fields: object) -> PretrainConfig:
     batch = {"tokens_per_step": MICRO_BATCHES * 128, "validate_every": 20, "validation_windows": 12}
     return tiny_run(mixer, **{"steps": STEPS, **batch, **fields})
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return toy_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
