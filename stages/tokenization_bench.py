@@ -77,14 +77,22 @@ def _texts(corpus: str) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def encode_raw(corpus: str, tokenizer_json: str, share: int, shares: int, threads: int) -> tuple[int, float]:
-    """(tokens, seconds) of one process with its share of the texts; loading them is not timed."""
+@functools.lru_cache(maxsize=1)
+def _raw_encoder(tokenizer_json: str) -> Any:
     from tokenizers import Tokenizer
 
+    return Tokenizer.from_file(tokenizer_json)
+
+
+def encode_raw(corpus: str, tokenizer_json: str, share: int, shares: int, threads: int) -> tuple[int, float]:
+    """(tokens, seconds) of one process with its share of the texts; loading them and the encoder is not timed.
+
+    The encoder is kept from round to round, as ours is: each new one would be slower than the last.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     texts = _texts(corpus)[share::shares]
-    tokenizer = Tokenizer.from_file(tokenizer_json)
+    tokenizer = _raw_encoder(tokenizer_json)
     began = time.perf_counter()
     tokens = size = 0
     batch: list[str] = []

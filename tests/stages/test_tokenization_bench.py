@@ -19,7 +19,7 @@ def test_ours_and_the_raw_encoder_make_the_same_number_of_tokens(tmp_path):
     assert sum(len(text.encode()) for text in texts) == size >= 400_000
     assert len(set(texts)) == len(texts)
     train_tokenizer(documents()[:20], 400).save(str(tokenizer))
-    ours = Ours(corpus, tokenizer, tmp_path, map)
+    ours = Ours(corpus, tokenizer, tmp_path, map, processes=1)
     tokens, seconds = ours.encode()
     assert seconds > 0
     assert len(ours.corpus.units) == 8
