@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import lazy_attention
-from kernels.blockwise import blockwise
+from kernels.blockwise import blockwise, blockwise_backward
 from kernels.tiles import forced_tiles
-from kernels.triton_ops import triton_decode, triton_forward
+from kernels.triton_ops import triton_backward, triton_decode, triton_forward
 from tests.kernels.problems import SMALL_TILES, make_problem, run
 
 BACKENDS = ["reference", "blockwise", "triton"]
@@ -220,6 +221,34 @@ def test_opcheck_triton(documents, training, stats):
     inputs = op_inputs(p) if training else p.inputs  # without M the forward serves inference alone
     with forced_tiles(SMALL_TILES):
         torch.library.opcheck(triton_forward, (*inputs, p.cu_seqlens, 0, 0.25, training, stats), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("heads_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["blockwise", "triton"])
+def test_fake_kernels_have_the_strides_of_real_ones(op, dtype, heads_last):
+    """Compiled code reads the memory that fakes promise. [B, L, H, D] in memory is what projections give."""
+    p = make_problem(9, batch=2, heads_kv=2, group=2, query_len=20, dim=16, dtype=dtype)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) if heads_last else x for x in p.inputs[:3])
+    inputs = (q, k, v, *p.inputs[3:])
+
+    def both_passes(grad_out, *given):
+        rest = (None, 0, 0.25)
+        if op == "blockwise":
+            forward = blockwise(*given, *rest, False)
+            backward = blockwise_backward(grad_out, *given, None, forward[1], forward[4], *rest[1:], [True] * 5)
+        else:
+            forward = triton_forward(*given, *rest, True, False)
+            saved = (forward[1], forward[2], forward[5])
+            backward = triton_backward(grad_out, *given, None, *saved, *rest[1:], [True] * 5)
+        return *forward, *backward
+
+    with forced_tiles(SMALL_TILES):
+        real = both_passes(p.grad_out, *inputs)
+        with FakeTensorMode() as fake:
+            promised = both_passes(*(fake.from_tensor(x) for x in (p.grad_out, *inputs)))
+    for number, (one, two) in enumerate(zip(real, promised, strict=True)):
+        assert (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype), number
 
 
 @pytest.mark.parametrize("offset", [0, 5])
