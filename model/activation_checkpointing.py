@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.mixers import SideInputs
 from model.mixers.interface import TokenMixer
@@ -44,16 +44,20 @@ def checkpointed(
 
     The second pass finds the side inputs as the first did, and leaves nothing in `side`.
     """
-    values = side.values if mixer.reads_values else None
+    # As they are now: `side` moves on with the layers, and the second pass comes after all of them.
+    found = replace(side, values=side.values if mixer.reads_values else None)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        own = replace(side, values=values, head_mass=None if side.head_mass is None else [])
+        own = replace(found, head_mass=None if found.head_mass is None else [])
         out = block(x, rope, None, own)
         return out, own.values, own.head_mass or []
 
-    contexts = partial(create_selective_checkpoint_contexts, _policy) if selective else noop_context_fn
     out: Tensor
-    out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    if selective:
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    else:
+        out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
     side.values = side.values if left is None else left
     if side.head_mass is not None:
         side.head_mass += head_mass

@@ -55,6 +55,8 @@ class Documents:
             by_length.setdefault(length, []).append(number)
         return Documents(cu_seqlens, lengths, torch.arange(ends[-1], device=device) - starts, by_length)
 
+    # Every packed row has other lengths, and each would be compiled anew.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def each(self, function: Callable[..., Tensor], *packed: Tensor) -> Tensor:
         """`function` of every document by itself, joined again: [1, H, L, ...] of tensors [1, H, L, ...].
 

@@ -118,9 +118,6 @@ class PeerModel(Transformer):
     def attention_layers(self) -> list[int]:
         return []
 
-    def sparsity_by_layer(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> None:  # noqa: ARG002
-        return None
-
 
 def build_model(config: ModelConfig, vocab_size: int, seed: int = 0, kernel: str = "auto") -> Transformer:
     """The model of `config`, initialised from `seed`: a `Transformer`, or a peer. PeerError without the package."""

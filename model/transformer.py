@@ -1,7 +1,7 @@
 """A decoder-only transformer: pre-norm blocks of a token mixer and a SwiGLU MLP, RMSNorm, RoPE, no biases."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,16 @@ from model.mixers import SideInputs, SideQKAttention, build_mixer
 from model.rope import Rope, rope_tables
 from model.side_sequence import Maps, SideSequence
 
+Compiler = str | Callable[..., Any]  # what torch.compile takes as its backend
+
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); x [B, L, hidden]."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); x [B, L, hidden].
+
+    activation_checkpointing and `compile_training` are about passes that a backward pass may follow, and no others.
+    """
+
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
 
     def __init__(self, config: ModelConfig, index: int, kernel: str) -> None:
         super().__init__()
@@ -28,8 +35,22 @@ class Block(nn.Module):
         self.mixer = build_mixer(config, config.layer_mixers[index], kernel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
+        self._compiled: Callable[[Tensor, Rope, SideInputs], Tensor] | None = None
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
+        if cache is not None or not torch.is_grad_enabled():
+            return self._apply_to(x, rope, cache, side)
+        return (self._compiled or self._in_training)(x, rope, side)
+
+    def compile_training(self, backend: Compiler) -> None:
+        self._compiled = torch.compile(self._in_training, backend=backend)
+
+    def _in_training(self, x: Tensor, rope: Rope, side: SideInputs) -> Tensor:
+        if self.activation_checkpointing == "none":
+            return self._apply_to(x, rope, None, side)
+        return checkpointed(self._apply_to, self.mixer, x, rope, side, self.activation_checkpointing == "selective")
+
+    def _apply_to(self, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
         x = x + self.mixer(self.mixer_input(x, side), rope, cache, side)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
@@ -40,10 +61,9 @@ class Block(nn.Module):
         return None if sparsity is None else sparsity.mean(), None if sink is None else sink.mean()
 
     def mixer_input(self, x: Tensor, side: SideInputs) -> Tensor:
-        """The normed x; the side inputs are made ready for the mixer too."""
+        """The normed x; where the mixer reads the embeddings, they are normed too."""
         if self.mixer.reads_embeddings:
             side.normed_embeddings = self.mixer_norm(side.embeddings)
-        side.maps = side.maps_by_layer.get(self.index)
         normed: Tensor = self.mixer_norm(x)
         return normed
 
@@ -53,11 +73,7 @@ class Transformer(nn.Module):
 
     kernel: backend of Lazy Attention (auto, reference, blockwise, triton); it changes speed and rounding only.
     On the meta device the weights stay unmade, for counting and for loading a checkpoint into.
-
-    activation_checkpointing: what the backward pass computes again; see model/activation_checkpointing.py.
     """
-
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, kernel: str = "auto") -> None:
         super().__init__()
@@ -65,6 +81,7 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.embedding = Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index, kernel) for index in range(config.num_layers))
+        self._values_are_read = any(block.mixer.reads_values for block in self._blocks())
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
         self.side = SideSequence(config) if config.mixer in WITH_SIDE_SEQUENCE else None
@@ -107,7 +124,8 @@ class Transformer(nn.Module):
         x, rope, side = self.enter(tokens, 0 if cache is None else cache.length, cu_seqlens)
         side.head_mass = head_mass
         for index, layer in enumerate(self._blocks()):
-            x = self._through(layer, x, rope, None if cache is None else cache.layers[index], side)
+            side.enter_layer(index)
+            x = layer(x, rope, None if cache is None else cache.layers[index], side)
         if cache is not None:
             cache.length += tokens.shape[1]
         out: Tensor = self.final_norm(x)
@@ -116,6 +134,20 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [..., vocab_size] of rows [..., hidden] of `hidden`."""
         return F.linear(hidden, self.output_matrix).float()
+
+    def prepare_training(
+        self, activation_checkpointing: Literal["none", "block", "selective"] = "none", compiler: Compiler | None = None
+    ) -> None:
+        """How blocks compute where a backward pass may follow; neither changes what, but for rounding.
+
+        activation_checkpointing  what the backward pass computes again; see model/activation_checkpointing.py.
+        compiler                  torch.compile with this backend, "inductor" for torch's own, each block by itself:
+                                  blocks of one kind share their code. None: as it is.
+        """
+        for block in self._blocks():
+            block.activation_checkpointing = activation_checkpointing
+            if compiler is not None:
+                block.compile_training(compiler)
 
     @property
     def output_matrix(self) -> Tensor:
@@ -138,6 +170,7 @@ class Transformer(nn.Module):
         """
         x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
         for index, layer in enumerate(self._blocks()):
+            side.enter_layer(index)
             for start, weights in layer.mixer.attention_rows(layer.mixer_input(x, side), rope, query_block, side) or ():
                 yield index, start, weights.expand(tokens.shape[0], -1, -1, -1)  # a map may serve all rows
             x = layer(x, rope, None, side)
@@ -158,7 +191,8 @@ class Transformer(nn.Module):
         """
         x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
         found: list[tuple[Tensor | None, Tensor | None]] = []
-        for layer in self._blocks():
+        for index, layer in enumerate(self._blocks()):
+            side.enter_layer(index)
             found.append(layer.statistics(x, rope, side))
             x = layer(x, rope, None, side)
         values = iter(torch.stack([v for pair in found for v in pair if v is not None] or [x.new_zeros(())]).tolist())
@@ -180,34 +214,28 @@ class Transformer(nn.Module):
         if documents is not None:
             rope = rope[0][documents.positions], rope[1][documents.positions]
         if self.side is None:
-            return x, rope, SideInputs(x, documents)
+            return x, rope, SideInputs(x, documents, keeps_values=self._values_are_read)
         self.side.check_length(end)
         maps = self.side.maps(self, end, self._side_maps)
         here = slice(first_position, end) if documents is None else documents.positions
         at_tokens = {layer: (queries[:, :, here], keys[:, :, here]) for layer, (queries, keys) in maps.items()}
-        return x, rope, SideInputs(x, documents, maps_by_layer=at_tokens)
+        return x, rope, SideInputs(x, documents, keeps_values=self._values_are_read, maps_by_layer=at_tokens)
 
     def _side_maps(self, length: int) -> dict[int, Maps]:
         """Carry the side sequence through the stack; queries and keys of each layer that reads them."""
         assert self.side is not None
         x = self.side.embed(self.embedding, length)
         rope, found = self._rope(0, length), dict[int, Maps]()
-        side = SideInputs(x, maps_by_layer=found)
+        side = SideInputs(x, keeps_values=self._values_are_read, maps_by_layer=found)
         last = max(block.index for block in self._blocks() if block.mixer.reads_side_sequence)
         for block in self._blocks():
             if isinstance(block.mixer, SideQKAttention):
                 found[block.index] = Maps(*block.mixer.side_maps(block.mixer_norm(x), rope))
             if block.index == last:
                 break
-            x = self._through(block, x, rope, None, side)
+            side.enter_layer(block.index)
+            x = block(x, rope, None, side)
         return found
-
-    def _through(self, block: Block, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
-        """block(x, rope, cache, side), checkpointed where asked for and a backward pass may come."""
-        if self.activation_checkpointing == "none" or cache is not None or not torch.is_grad_enabled():
-            out: Tensor = block(x, rope, cache, side)
-            return out
-        return checkpointed(block, block.mixer, x, rope, side, self.activation_checkpointing == "selective")
 
     def _rope(self, start: int, end: int) -> Rope:
         config = self.config

@@ -1,10 +1,15 @@
 """What pretraining looks at before its first step: settings without effect, and whether the kernels are right here."""
 
+import os
+import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 
 import torch
 
 from model.config import PEER_PACKAGE, PEERS
+from stages.contract import Refusal
 from stages.pretrain_config import PretrainConfig
 
 
@@ -46,11 +51,33 @@ def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
             f"mixer={config.model.mixer} trains without",
             stacklevel=2,
         )
+    if config.compile and config.model.mixer in PEERS:
+        warnings.warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without", stacklevel=2)
+    by_document = sorted(set(config.model.layer_mixers) - {"mlp", "lazy" if _has_lazy_kernel(config) else "mlp"})
+    if config.compile and config.document_masking and config.activation_checkpointing != "none" and by_document:
+        warnings.warn(
+            f"compile=true has no effect on layers of {', '.join(by_document)} with document_masking and "
+            f"activation_checkpointing={config.activation_checkpointing}; leave out one of the three",
+            stacklevel=2,
+        )
     if config.sink_balance and config.model.mixer != "sink":
         warnings.warn(
             f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
             "none, and trains without",
             stacklevel=2,
+        )
+
+
+def check_compiler(config: PretrainConfig, device: torch.device) -> None:
+    """Refusal where torch.compile is asked for and has no compiler: on a CPU it writes C++ for Python."""
+    if not config.compile or device.type != "cpu":
+        return
+    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = f"the C++ compiler {compiler}" if shutil.which(compiler) is None else f"{header}"
+    if shutil.which(compiler) is None or not header.exists():
+        raise Refusal(
+            f"compile=true compiles C++ on a CPU, and {missing} is missing; install it (Debian: g++ and "
+            "python3-dev) or set compile: false"
         )
 
 
@@ -71,8 +98,12 @@ def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, obj
 
 def kernel_used(config: PretrainConfig) -> str:
     """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (peers), or torch."""
-    if config.model.mixer == "lazy" and config.model.lazy_threshold == "relative":
+    if _has_lazy_kernel(config):
         return config.kernel
     if config.model.mixer in PEERS:
         return PEER_PACKAGE
     return "sdpa" if config.model.mixer == "standard" else "torch"
+
+
+def _has_lazy_kernel(config: PretrainConfig) -> bool:
+    return config.model.mixer == "lazy" and config.model.lazy_threshold == "relative"

@@ -27,7 +27,7 @@ from model.transformer import count_parameters
 from stages.attempts import begin_attempt
 from stages.attention_numbers import attention_numbers, summary
 from stages.batches import training_batch, validation_windows
-from stages.before_training import check_kernels, kernel_used, warn_of_settings
+from stages.before_training import check_compiler, check_kernels, kernel_used, warn_of_settings
 from stages.checkpoint_saver import CheckpointSaver
 from stages.contract import Artifact, Context, DivergedError, Interrupted, Outputs, Refusal
 from stages.determinism import deterministic_if_asked
@@ -71,11 +71,12 @@ def train_with(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_peer(config.model, device)
+    check_compiler(config, device)
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
     model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
-    model.activation_checkpointing = config.activation_checkpointing
+    model.prepare_training(config.activation_checkpointing, "inductor" if config.compile else None)
     check_process_group(context)
     model = place_model(model, config, device, context.world_size)
     optimizer = build_optimizer(model, config)

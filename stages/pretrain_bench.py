@@ -139,6 +139,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile, the others as they are")
     parser.add_argument("--turns", type=int, default=10, help="interleaved turns that count")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a turn")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")
@@ -168,7 +169,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def config_of(options: argparse.Namespace, mixer: str) -> PretrainConfig:
     steps = (options.turns + WARM_UP_TURNS + 1) * options.steps
     model = {name: getattr(options, name) for name in ("hidden_size", "num_layers", "num_heads")}
-    fields = {name: getattr(options, name) for name in ("seq_len", "tokens_per_step", "micro_batch_size", "dtype")}
+    fields = {
+        name: getattr(options, name) for name in ("seq_len", "tokens_per_step", "micro_batch_size", "dtype", "compile")
+    }
     fields |= {"model": {**model, "mixer": mixer, "max_seq_len": options.seq_len}, "validation_windows": 8}
     intervals = {"validate_every": steps, "checkpoint_every": steps, "warmup_steps": min(10, steps - 1)}
     try:

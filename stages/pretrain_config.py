@@ -78,6 +78,9 @@ class PretrainConfig(StageConfig):
     activation_checkpointing: Literal["none", "block", "selective"] = operational(
         "none", description="compute blocks again in the backward pass: all of them, or what is cheap; saves memory"
     )
+    compile: bool = operational(
+        False, description="torch.compile the blocks: the first step takes longer, the others less"
+    )
     kernel: Literal["auto", "reference", "blockwise", "triton"] = operational(
         "auto", description="backend of Lazy Attention"
     )

@@ -24,7 +24,8 @@ class SideInputs:
     embeddings         [B, L, hidden] token embeddings of the input
     normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
     documents          where the documents of a packed row lie; None when every row is one document
-    values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first
+    values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first, and
+                       without keeps_values: where no layer reads them, none is kept
     head_mass          a list that every layer of `sink` adds to, if the caller wants it: Imp [H] float32, the mean over
                        all tokens of the weight its real keys have together, with gradient
     maps               rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at the layer at hand,
@@ -35,9 +36,13 @@ class SideInputs:
     documents: Documents | None = None
     normed_embeddings: Tensor | None = None
     values: Tensor | None = None
+    keeps_values: bool = True
     head_mass: list[Tensor] | None = None
     maps: tuple[Tensor, Tensor] | None = None
     maps_by_layer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def enter_layer(self, index: int) -> None:
+        self.maps = self.maps_by_layer.get(index)
 
 
 def documents_of(side: SideInputs | None) -> Documents | None:
@@ -118,7 +123,8 @@ class ProjectedMixer(TokenMixer):
         """Values [B, Hkv, L, D] of x, left in `side` for the layers above."""
         v = self._heads(self.v_proj(x), self.kv_heads)
         if side is not None:
-            side.values = v.detach()
+            # Cloned: torch 2.13's compiler fails on a graph that gives out v and a view of v.
+            side.values = v.detach().clone() if side.keeps_values else None
         return v
 
     def project(self, heads: Tensor) -> Tensor:

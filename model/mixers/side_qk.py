@@ -26,7 +26,7 @@ class SideQKAttention(StandardAttention):
         if side is None or side.maps is None:
             raise ValueError(
                 f"random_qk and text_qk read queries and keys of a side sequence; an input {list(x.shape)} came "
-                "without them. Pass SideInputs made ready by Block.mixer_input"
+                "without them. Pass SideInputs after SideInputs.enter_layer"
             )
         return side.maps
 

@@ -17,8 +17,7 @@ from tests.model.tiny_model import awake, some_tokens, tiny
 MODES = ("block", "selective")
 
 
-def gradients(model: Transformer, mode: Any, borders: Tensor | None = None, half: bool = False) -> dict[str, Tensor]:
-    model.activation_checkpointing = mode
+def gradients(model: Transformer, borders: Tensor | None = None, half: bool = False) -> dict[str, Tensor]:
     model.zero_grad()
     mass: list[Tensor] | None = [] if model.config.mixer == "sink" else None
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -37,9 +36,10 @@ def test_gradients_are_the_same_to_the_bit(mixer: str, pattern: str, packed: boo
     """Mixers that read the layer below, the embeddings or a side sequence, and head masses, included."""
     model = awake(tiny(mixer, num_layers=4, pattern=pattern if mixer != "sink" else "uniform")).train()
     borders = torch.tensor([0, 5, 12, 13, 24], dtype=torch.int32) if packed else None
-    expected = gradients(model, "none", borders)
+    expected = gradients(model, borders)
     for mode in MODES:
-        found = gradients(model, mode, borders)
+        model.prepare_training(mode)
+        found = gradients(model, borders)
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             assert torch.equal(gradient, expected[name]), (mode, name)
@@ -49,8 +49,9 @@ def test_gradients_are_the_same_to_the_bit(mixer: str, pattern: str, packed: boo
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_the_same_under_autocast(mode: str, mixer: str) -> None:
     model = awake(tiny(mixer)).train()
-    expected = gradients(model, "none", half=True)
-    for name, gradient in gradients(model, mode, half=True).items():
+    expected = gradients(model, half=True)
+    model.prepare_training(mode)
+    for name, gradient in gradients(model, half=True).items():
         assert torch.equal(gradient, expected[name]), name
 
 
@@ -66,7 +67,7 @@ def test_selective_repeats_no_product_with_weights(mode: Any, products: int) -> 
             counted += func is torch.ops.aten.mm.default
             return func(*args, **(kwargs or {}))
 
-    model.activation_checkpointing = mode
+    model.prepare_training(mode)
     loss = next_token_losses(model, some_tokens(2, 13)).objective
     with Counter():
         loss.backward()  # type: ignore[no-untyped-call]
@@ -79,7 +80,7 @@ ROWS, LENGTH, VOCAB = 16, 256, 64
 
 def training_pass(mixer: str, mode: Any) -> Callable[[], None]:
     model = Transformer(ModelConfig.model_validate({**SHAPE, "mixer": mixer}), VOCAB)
-    model.activation_checkpointing = mode
+    model.prepare_training(mode)
     windows = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     next_token_losses(model, windows[:1]).objective.backward()  # type: ignore[no-untyped-call]  # torch's code and buffers
     return lambda: next_token_losses(model, windows).objective.backward()  # type: ignore[no-untyped-call]

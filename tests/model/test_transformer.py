@@ -129,6 +129,7 @@ def test_attention_rows_are_the_weights_the_layer_multiplies_with_v(mixer: str) 
     x, rope, side = model.enter(tokens)
     with torch.no_grad():
         for index, layer in enumerate(model.layers):
+            side.enter_layer(index)
             h = layer.mixer_input(x, side)
             weights = torch.cat(rows[index], dim=2)
             assert weights.triu(1).abs().max() == 0

@@ -209,7 +209,7 @@ def test_operational_fields_are_the_rest_with_dotted_names() -> None:
     assert set(operational_fields(PretrainConfig())) == {
         *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every", "loss_chunk_tokens", "kernel"),
         *("max_nonfinite_in_a_row", "activation_checkpointing", "keep_checkpoint_every", "async_checkpoints"),
-        *("parallel", "reduction", "deterministic"),
+        *("parallel", "reduction", "deterministic", "compile"),
     }
 
 

@@ -92,6 +92,24 @@ def test_every_schedule_rises_then_never_rises_again_and_ends_at_its_floor(
             {"model": {"mixer": "retnet"}, "activation_checkpointing": "block"},
             "activation_checkpointing=block is for blocks of our own; mixer=retnet trains without",
         ),
+        (
+            {"model": {"mixer": "retnet"}, "compile": True},
+            "compile=true is for blocks of our own; mixer=retnet trains without",
+        ),
+        (
+            {"compile": True, "document_masking": True, "activation_checkpointing": "block"},
+            "compile=true has no effect on layers of standard with document_masking and "
+            "activation_checkpointing=block; leave out one of the three",
+        ),
+        (
+            {
+                "model": {"mixer": "lazy"},
+                "compile": True,
+                "document_masking": True,
+                "activation_checkpointing": "block",
+            },
+            None,
+        ),
         ({"schedule": "wsd", "decay_fraction": 0.1, "min_lr_fraction": 0.0}, None),
         ({}, None),
     ],
