@@ -30,8 +30,8 @@ CONSTANT_LAZY = "lazy, constant threshold"  # the ablation without a kernel
 IN_QUERY_BLOCKS = frozenset({CONSTANT_LAZY, "sigmoid", "entmax", "stick_breaking", "alibi", "swa"})
 
 # Float32 logits up to this size are formed at once, larger ones in chunks of half of it (model/chunked_loss.py), about
-# 0.4 GB with a chunk's passing copies. On one CPU thread chunks of 128 tokens took 0.7 to 1.1 times as long as all
-# logits at once.
+# 0.4 GB with a chunk's passing copies. `python -m model.loss_bench` times a chunk against
+# all logits at once.
 FULL_LOGITS_BYTES = 2**28
 
 

@@ -99,7 +99,7 @@ def _execute(
     caught: CaughtSignal,
 ) -> int:
     # Before torch is imported, here and in every Ray worker: waiting OpenMP threads sleep instead of spinning. On two
-    # cores that other processes use as well, spinning made a loop of small operations 6 times slower.
+    # cores that other processes use as well, spinning threads take the time that the others wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipeline.backends import Backend, LocalBackend, RayBackend, demand_of
 

@@ -1,4 +1,4 @@
-"""How far several workers end from one: `python -m tests.stages.worker_differences [--dtype bfloat16] [--workers 2 4]`.
+"""How far several workers end from one: `python -m tests.stages.worker_differences [--dtype bfloat16] [--workers 2 4] [--lr 3e-3]`.
 
 The table of docs/pretraining.md, "Ordered sums": 50 steps on a toy corpus, one thread per worker, differences from one
 process with the same `reduction`.
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--lr", type=float, default=1e-2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     kinds = list(itertools.product(("standard", "lazy"), ("replicate", "fsdp"), ("all_reduce", "ordered")))
@@ -36,7 +37,7 @@ def main() -> None:
         corpus = toy_corpus(base / "corpus").path.parent
 
         def run(name: str, mixer: str, parallel: str, reduction: str) -> Run:
-            fields = {"steps": 50, "tokens_per_step": 5 * 128, "dtype": options.dtype}
+            fields = {"steps": 50, "tokens_per_step": 5 * 128, "lr": options.lr, "dtype": options.dtype}
             return Run(base / name, tiny_run(mixer, **fields, parallel=parallel, reduction=reduction))
 
         for mixer, _, reduction in kinds[::4] + kinds[1::4]:
