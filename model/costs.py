@@ -30,8 +30,7 @@ CONSTANT_LAZY = "lazy, constant threshold"  # the ablation without a kernel
 IN_QUERY_BLOCKS = frozenset({CONSTANT_LAZY, "sigmoid", "entmax", "stick_breaking", "alibi", "swa"})
 
 # Float32 logits up to this size are formed at once, larger ones in chunks of half of it (model/chunked_loss.py), about
-# 0.4 GB with a chunk's passing copies. `python -m model.loss_bench` times a chunk against
-# all logits at once.
+# 0.4 GB with a chunk's passing copies. `python -m model.loss_bench` times both.
 FULL_LOGITS_BYTES = 2**28
 
 

@@ -5,6 +5,7 @@ The same text with the same tokenizer on the same two cores, interleaved, median
     ours       the stage's encode pass: read jsonl, encode, split, hash, write shards and document tables
     raw        `tokenizers`: encode_batch_fast and .ids of texts that are in memory already; nothing is read or written
     datasets   batched datasets.map(num_proc) with the same encode_batch_fast, and save_to_disk; loading is not timed
+    customary  the same with tokenizer(rows["text"]) of transformers, as its examples have it, where it is installed
 
 The whole stage (hashing every document first, and the report's table and figure) is timed beside them. Text is
 Shakespeare's plays cut at blank lines into documents of about 4 KB, each copy numbered so that no two are equal.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -105,8 +107,8 @@ def encode_raw(corpus: str, tokenizer_json: str, share: int, shares: int, thread
     return tokens, time.perf_counter() - began
 
 
-def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processes: int) -> float:
-    """Seconds of map and save_to_disk."""
+def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processes: int, customary: bool) -> float:
+    """Seconds of map and save_to_disk. customary: as the examples of transformers have it, masks included."""
     import datasets
     from tokenizers import Tokenizer
 
@@ -120,10 +122,18 @@ def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processe
         encodings = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
         return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
 
+    def encode_as_in_examples(rows: dict[str, list[str]]) -> Any:
+        return fast(rows["text"])
+
+    if customary:
+        from transformers import PreTrainedTokenizerFast
+
+        fast: Any = PreTrainedTokenizerFast(tokenizer_file=tokenizer_json)
+    function = encode_as_in_examples if customary else encode
     with tempfile.TemporaryDirectory(dir=folder) as target:
         began = time.perf_counter()
         mapped = loaded.map(
-            encode, batched=True, num_proc=processes, remove_columns=["text"], load_from_cache_file=False
+            function, batched=True, num_proc=processes, remove_columns=["text"], load_from_cache_file=False
         )
         mapped.save_to_disk(f"{target}/saved", num_proc=processes)
         seconds = time.perf_counter() - began
@@ -218,19 +228,22 @@ def throughput(options: argparse.Namespace, folder: Path, map_function: MapFunct
             done = [future.result() for future in futures]
             return sum(tokens for tokens, _ in done), max(seconds for _, seconds in done)
 
-        def with_datasets() -> float:
-            return hugging_face.submit(encode_with_datasets, *raw, str(folder), options.processes).result()
+        def with_datasets(customary: bool) -> float:
+            return hugging_face.submit(encode_with_datasets, *raw, str(folder), options.processes, customary).result()
 
         counts = {ours.encode()[0], raw_threads()[0], raw_processes()[0]}  # which starts and warms everything, too
         if len(counts) != 1:
             raise RuntimeError(f"the contestants disagree about the number of tokens: {sorted(counts)}")
-        with_datasets()
-        seconds: dict[str, list[float]] = {name: [] for name in ("ours", "raw_1x2", "raw_2x1", "datasets", "stage")}
+        kinds = {"datasets": False, "customary": True} if find_spec("transformers") else {"datasets": False}
+        for customary in kinds.values():
+            with_datasets(customary)
+        seconds: dict[str, list[float]] = {name: [] for name in ("ours", "raw_1x2", "raw_2x1", *kinds, "stage")}
         for _ in range(options.repeats):
             seconds["ours"].append(ours.encode()[1])
             seconds["raw_1x2"].append(raw_threads()[1])
             seconds["raw_2x1"].append(raw_processes()[1])
-            seconds["datasets"].append(with_datasets())
+            for name, customary in kinds.items():
+                seconds[name].append(with_datasets(customary))
             seconds["stage"].append(ours.stage())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -240,7 +253,7 @@ def throughput(options: argparse.Namespace, folder: Path, map_function: MapFunct
         "seconds": seconds,
         "mb_per_s": {name: size / 1e6 / median for name, median in medians.items()},
         "ours_over_raw": min(medians["raw_1x2"], medians["raw_2x1"]) / medians["ours"],
-        "ours_over_datasets": medians["datasets"] / medians["ours"],
+        **{f"ours_over_{name}": medians[name] / medians["ours"] for name in kinds},
     }
 
 
@@ -318,16 +331,23 @@ def bench(options: argparse.Namespace, map_function: MapFunction, start_s: float
         "raw_1x2": f"raw tokenizers, 1 process x {options.processes} threads",
         "raw_2x1": f"raw tokenizers, {options.processes} processes x 1 thread",
         "datasets": f"datasets.map(num_proc={options.processes}) + save_to_disk",
+        "customary": "the same with tokenizer(rows) of transformers",
         "stage": "ours, the whole stage",
     }
     print(
         f"{found['megabytes']:.1f} MB of text, {found['tokens']:,} tokens; starting Ray took {start_s:.1f} s (excluded)"
     )
     print(f"{'':<52} {'MB/s':>7} {'seconds, each round':>24}")
-    for key, label in labels.items():
+    for key in found["seconds"]:
         rounds = " ".join(f"{value:.2f}" for value in found["seconds"][key])
-        print(f"{label:<52} {found['mb_per_s'][key]:>7.2f}  {rounds}")
-    print(f"ours / best raw {found['ours_over_raw']:.2f}   ours / datasets {found['ours_over_datasets']:.2f}")
+        print(f"{labels[key]:<52} {found['mb_per_s'][key]:>7.2f}  {rounds}")
+    ratios = {"best raw": "raw", "datasets": "datasets", "customary": "customary"}
+    shown = [
+        f"ours / {label} {found[f'ours_over_{key}']:.2f}"
+        for label, key in ratios.items()
+        if f"ours_over_{key}" in found
+    ]
+    print("   ".join(shown))
     return {**about, **found}
 
 

@@ -1,4 +1,6 @@
-"""How far several workers end from one: `python -m tests.stages.worker_differences [--dtype bfloat16] [--workers 2 4] [--lr 3e-3]`.
+"""How far several workers end from one.
+
+    python -m tests.stages.worker_differences [--dtype bfloat16] [--workers 2 4] [--lr 3e-3]
 
 The table of docs/pretraining.md, "Ordered sums": 50 steps on a toy corpus, one thread per worker, differences from one
 process with the same `reduction`.
