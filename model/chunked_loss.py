@@ -5,8 +5,8 @@ N = 8 x 2048 and V = 50,304, more than a 340M model and its optimizer take. But 
 its own logits alone, so each chunk's is formed at once, multiplied into the gradients of hidden states [N, d] and
 matrix [V, d], and dropped. Nothing is computed twice: chunks cost no operations.
 
-`torch.nn.functional.linear_cross_entropy` does the same for the plain loss (the tests compare results, and times are
-those of `python -m model.loss_bench`). This one has the z-loss, follows autocast and sums the matrix's gradient in
+`torch.nn.functional.linear_cross_entropy` does the same for the plain loss (the tests compare results,
+`python -m model.loss_bench` times). This one has the z-loss, follows autocast, and sums the matrix's gradient in
 float32.
 """
 

@@ -8,7 +8,7 @@ seconds of each, and their ratio to full logits. Memory: tests/model/test_chunke
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from model.chunked_loss import losses_in_chunks, losses_of_logits
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=32_768)
@@ -25,7 +25,10 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(options.tokens, options.channels, generator=generator).requires_grad_()

@@ -1,6 +1,7 @@
 """A decoder-only transformer: pre-norm blocks of a token mixer and a SwiGLU MLP, RMSNorm, RoPE, no biases."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,15 +19,18 @@ from model.rope import Rope, rope_tables
 from model.side_sequence import Maps, SideSequence
 
 Compiler = str | Callable[..., Any]  # what torch.compile takes as its backend
+Checkpointing = Literal["none", "block", "selective"]
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); x [B, L, hidden].
 
-    activation_checkpointing and `compile_training` are about passes that a backward pass may follow, and no others.
+    activation_checkpointing and compiler, set by `Transformer.prepare_training`, are about passes that a backward pass
+    may follow, and no others.
     """
 
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    activation_checkpointing: Checkpointing = "none"
+    compiler: Compiler | None = None
 
     def __init__(self, config: ModelConfig, index: int, kernel: str) -> None:
         super().__init__()
@@ -35,15 +39,19 @@ class Block(nn.Module):
         self.mixer = build_mixer(config, config.layer_mixers[index], kernel)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
-        self._compiled: Callable[[Tensor, Rope, SideInputs], Tensor] | None = None
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
         if cache is not None or not torch.is_grad_enabled():
             return self._apply_to(x, rope, cache, side)
-        return (self._compiled or self._in_training)(x, rope, side)
-
-    def compile_training(self, backend: Compiler) -> None:
-        self._compiled = torch.compile(self._in_training, backend=backend)
+        if self.compiler is None:
+            return self._in_training(x, rope, side)
+        # What grows from layer to layer stays outside: compiled code is made for a length of the list.
+        masses, side.head_mass = side.head_mass, None if side.head_mass is None else []
+        out = _compiled(self.compiler)(self, x, rope, side)
+        if masses is not None:
+            masses += side.head_mass or []
+        side.head_mass = masses
+        return out
 
     def _in_training(self, x: Tensor, rope: Rope, side: SideInputs) -> Tensor:
         if self.activation_checkpointing == "none":
@@ -62,10 +70,16 @@ class Block(nn.Module):
 
     def mixer_input(self, x: Tensor, side: SideInputs) -> Tensor:
         """The normed x; where the mixer reads the embeddings, they are normed too."""
-        if self.mixer.reads_embeddings:
+        if self.mixer.reads_embeddings and side.embeddings is not None:
             side.normed_embeddings = self.mixer_norm(side.embeddings)
         normed: Tensor = self.mixer_norm(x)
         return normed
+
+
+@functools.cache
+def _compiled(compiler: Compiler) -> Callable[[Block, Tensor, Rope, SideInputs], Tensor]:
+    """One function for all blocks, so that blocks of one kind share what is compiled."""
+    return torch.compile(Block._in_training, backend=compiler)
 
 
 class Transformer(nn.Module):
@@ -81,7 +95,6 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.embedding = Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index, kernel) for index in range(config.num_layers))
-        self._values_are_read = any(block.mixer.reads_values for block in self._blocks())
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
         self.side = SideSequence(config) if config.mixer in WITH_SIDE_SEQUENCE else None
@@ -136,18 +149,18 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.output_matrix).float()
 
     def prepare_training(
-        self, activation_checkpointing: Literal["none", "block", "selective"] = "none", compiler: Compiler | None = None
+        self, activation_checkpointing: Checkpointing = "none", compiler: Compiler | None = None
     ) -> None:
         """How blocks compute where a backward pass may follow; neither changes what, but for rounding.
 
         activation_checkpointing  what the backward pass computes again; see model/activation_checkpointing.py.
         compiler                  torch.compile with this backend, "inductor" for torch's own, each block by itself:
-                                  blocks of one kind share their code. None: as it is.
+                                  blocks of one kind share their code. None: not compiled. torch keeps eight graphs
+                                  per process; before a model of other blocks call `torch.compiler.reset`.
         """
         for block in self._blocks():
             block.activation_checkpointing = activation_checkpointing
-            if compiler is not None:
-                block.compile_training(compiler)
+            block.compiler = compiler
 
     @property
     def output_matrix(self) -> Tensor:
@@ -214,19 +227,30 @@ class Transformer(nn.Module):
         if documents is not None:
             rope = rope[0][documents.positions], rope[1][documents.positions]
         if self.side is None:
-            return x, rope, SideInputs(x, documents, keeps_values=self._values_are_read)
+            return x, rope, self._side_inputs(x, documents)
         self.side.check_length(end)
         maps = self.side.maps(self, end, self._side_maps)
         here = slice(first_position, end) if documents is None else documents.positions
         at_tokens = {layer: (queries[:, :, here], keys[:, :, here]) for layer, (queries, keys) in maps.items()}
-        return x, rope, SideInputs(x, documents, keeps_values=self._values_are_read, maps_by_layer=at_tokens)
+        return x, rope, self._side_inputs(x, documents, at_tokens)
+
+    def _side_inputs(
+        self, x: Tensor, documents: Documents | None, maps: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    ) -> SideInputs:
+        """For a pass over embeddings x [B, L, hidden], with what no block reads left out."""
+        return SideInputs(
+            embeddings=x if any(block.mixer.reads_embeddings for block in self._blocks()) else None,
+            documents=documents,
+            keeps_values=any(block.mixer.reads_values for block in self._blocks()),
+            maps_by_layer={} if maps is None else maps,
+        )
 
     def _side_maps(self, length: int) -> dict[int, Maps]:
         """Carry the side sequence through the stack; queries and keys of each layer that reads them."""
         assert self.side is not None
         x = self.side.embed(self.embedding, length)
         rope, found = self._rope(0, length), dict[int, Maps]()
-        side = SideInputs(x, keeps_values=self._values_are_read, maps_by_layer=found)
+        side = self._side_inputs(x, None, found)
         last = max(block.index for block in self._blocks() if block.mixer.reads_side_sequence)
         for block in self._blocks():
             if isinstance(block.mixer, SideQKAttention):

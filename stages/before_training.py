@@ -53,10 +53,9 @@ def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
         )
     if config.compile and config.model.mixer in PEERS:
         warnings.warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without", stacklevel=2)
-    by_document = sorted(set(config.model.layer_mixers) - {"mlp", "lazy" if _has_lazy_kernel(config) else "mlp"})
-    if config.compile and config.document_masking and config.activation_checkpointing != "none" and by_document:
+    elif config.compile and (uncompiled := _uncompiled_mixers(config)):
         warnings.warn(
-            f"compile=true has no effect on layers of {', '.join(by_document)} with document_masking and "
+            f"compile=true has no effect on layers of {', '.join(uncompiled)} with document_masking and "
             f"activation_checkpointing={config.activation_checkpointing}; leave out one of the three",
             stacklevel=2,
         )
@@ -68,17 +67,29 @@ def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
         )
 
 
+def _uncompiled_mixers(config: PretrainConfig) -> list[str]:
+    """Mechanisms that take packed documents apart in Python, which torch cannot compile inside a checkpoint."""
+    if not config.document_masking or config.activation_checkpointing == "none":
+        return []
+    return sorted(set(config.model.layer_mixers) - ({"mlp", "lazy"} if _has_lazy_kernel(config) else {"mlp"}))
+
+
 def check_compiler(config: PretrainConfig, device: torch.device) -> None:
-    """Refusal where torch.compile is asked for and has no compiler: on a CPU it writes C++ for Python."""
-    if not config.compile or device.type != "cpu":
+    """Refusal where torch.compile is asked for and lacks what builds its code: C++ on a CPU, Triton's C on a GPU."""
+    if not config.compile:
         return
-    compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_paths()["include"]) / "Python.h"
-    missing = f"the C++ compiler {compiler}" if shutil.which(compiler) is None else f"{header}"
-    if shutil.which(compiler) is None or not header.exists():
-        raise Refusal(
-            f"compile=true compiles C++ on a CPU, and {missing} is missing; install it (Debian: g++ and "
-            "python3-dev) or set compile: false"
-        )
+    variable, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    asked = os.environ.get(variable)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not any(shutil.which(name) for name in ([asked] if asked else usual)):
+        missing = f"the compiler {variable}={asked}" if asked else f"a compiler, {' or '.join(usual)},"
+    elif not header.exists():
+        missing = f"{header} (Debian: python3-dev)"
+    else:
+        return
+    raise Refusal(
+        f"compile=true builds extensions of Python, and {missing} is missing; install it, or set compile: false"
+    )
 
 
 def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:

@@ -155,8 +155,8 @@ _encoders: dict[str, Any] = {}  # by sha256, one at most
 def _encoder(coder: Coder) -> Any:
     """The process's encoder, kept from unit to unit: its word cache ends at 10,000 words, so it does not grow.
 
-    With a new one for each unit a process slows down, by 28 % over 14 units of 4 MB, and grows to twice the size: every
-    word cache is built in a heap full of the holes of those before.
+    With a new one for each unit a process slows down, by 28 % over 14 units of 4 MB, and grows: every word cache is
+    built in a heap full of the holes of those before.
     """
     from tokenizers import Tokenizer
 

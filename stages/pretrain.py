@@ -76,6 +76,8 @@ def train_with(
     model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
+    if config.compile:
+        torch.compiler.reset()  # what a model before this one in the same process left counts towards torch's limit
     model.prepare_training(config.activation_checkpointing, "inductor" if config.compile else None)
     check_process_group(context)
     model = place_model(model, config, device, context.world_size)

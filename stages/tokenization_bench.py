@@ -5,7 +5,8 @@ The same text with the same tokenizer on the same two cores, interleaved, median
     ours       the stage's encode pass: read jsonl, encode, split, hash, write shards and document tables
     raw        `tokenizers`: encode_batch_fast and .ids of texts that are in memory already; nothing is read or written
     datasets   batched datasets.map(num_proc) with the same encode_batch_fast, and save_to_disk; loading is not timed
-    customary  the same with tokenizer(rows["text"]) of transformers, as its examples have it, where it is installed
+    customary  datasets.map and save_to_disk with tokenizer(rows["text"]), as the examples of transformers have it: with
+               masks and without EOS; where transformers is installed
 
 The whole stage (hashing every document first, and the report's table and figure) is timed beside them. Text is
 Shakespeare's plays cut at blank lines into documents of about 4 KB, each copy numbered so that no two are equal.
@@ -108,7 +109,7 @@ def encode_raw(corpus: str, tokenizer_json: str, share: int, shares: int, thread
 
 
 def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processes: int, customary: bool) -> float:
-    """Seconds of map and save_to_disk. customary: as the examples of transformers have it, masks included."""
+    """Seconds of map and save_to_disk. customary: with transformers' tokenizer, as its examples have it."""
     import datasets
     from tokenizers import Tokenizer
 
@@ -117,23 +118,21 @@ def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processe
     loaded = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=f"{folder}/cache")
     tokenizer: Any = Tokenizer.from_file(tokenizer_json)
     eos = tokenizer.token_to_id(TRAINED_EOS)
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encodings = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
-        return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
-
-    def encode_as_in_examples(rows: dict[str, list[str]]) -> Any:
-        return fast(rows["text"])
-
     if customary:
         from transformers import PreTrainedTokenizerFast
 
-        fast: Any = PreTrainedTokenizerFast(tokenizer_file=tokenizer_json)
-    function = encode_as_in_examples if customary else encode
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_json)
+
+    def encode(rows: dict[str, list[str]]) -> Any:
+        if customary:
+            return tokenizer(rows["text"])
+        encodings = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
+        return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
+
     with tempfile.TemporaryDirectory(dir=folder) as target:
         began = time.perf_counter()
         mapped = loaded.map(
-            function, batched=True, num_proc=processes, remove_columns=["text"], load_from_cache_file=False
+            encode, batched=True, num_proc=processes, remove_columns=["text"], load_from_cache_file=False
         )
         mapped.save_to_disk(f"{target}/saved", num_proc=processes)
         seconds = time.perf_counter() - began
@@ -143,7 +142,7 @@ def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processe
 
 
 def _wake(number: int) -> int:
-    """A task long enough that every worker gets one, and imports what encoding needs."""
+    """A task of which a free worker takes the next, so that all have imported what encoding needs."""
     import tokenizers  # noqa: F401
 
     time.sleep(0.2)
@@ -331,7 +330,7 @@ def bench(options: argparse.Namespace, map_function: MapFunction, start_s: float
         "raw_1x2": f"raw tokenizers, 1 process x {options.processes} threads",
         "raw_2x1": f"raw tokenizers, {options.processes} processes x 1 thread",
         "datasets": f"datasets.map(num_proc={options.processes}) + save_to_disk",
-        "customary": "the same with tokenizer(rows) of transformers",
+        "customary": "the same with tokenizer(rows['text']) of transformers",
         "stage": "ours, the whole stage",
     }
     print(

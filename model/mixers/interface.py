@@ -21,7 +21,7 @@ STATISTICS_ROWS = 256  # query rows of weights that exist at a time
 class SideInputs:
     """What a layer may read beside its own input. One object per pass through the stack, updated layer by layer.
 
-    embeddings         [B, L, hidden] token embeddings of the input
+    embeddings         [B, L, hidden] token embeddings of the input; None where no layer reads them
     normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
     documents          where the documents of a packed row lie; None when every row is one document
     values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first, and
@@ -32,7 +32,7 @@ class SideInputs:
                        for mixers with `reads_side_sequence`; maps_by_layer has those of all such layers
     """
 
-    embeddings: Tensor
+    embeddings: Tensor | None
     documents: Documents | None = None
     normed_embeddings: Tensor | None = None
     values: Tensor | None = None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import loss_bench
 from model.chunked_loss import Losses, losses_in_chunks, losses_of_logits
 from model.costs import FULL_LOGITS_BYTES, logits_chunk
 from model.loss import next_token_losses
@@ -134,3 +135,18 @@ def test_peak_memory_is_that_of_a_chunk() -> None:
     """Full logits: 256 MiB, three times; chunks of 256 tokens: 16 MiB, twice, the gradients, and torch's own code."""
     assert peak_mib(loss_of_many, None) > 700
     assert peak_mib(loss_of_many, 256) < 150
+
+
+def test_the_benchmark_times_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    loss_bench.main(
+        ["--tokens", "16", "--vocab-size", "300", "--channels", "8", "--chunk-tokens", "8", "--repeats", "1"]
+    )
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "16",
+        "full",
+        "chunks",
+        "linear_cross_entropy",
+    ]
+    with pytest.raises(SystemExit):
+        loss_bench.main(["--repeats", "0"])
+    assert "--repeats 0: must be at least 1" in capsys.readouterr().err

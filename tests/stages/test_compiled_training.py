@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from model.checkpoint import load_checkpoint
+from model.config import MIXERS
 from stages import pretrain
 from stages.before_training import check_compiler
 from stages.contract import Artifact, Interrupted, Refusal
@@ -52,7 +53,7 @@ def test_a_compiled_run_learns_the_same_and_repeats_itself(
     fields = {"dtype": dtype, "activation_checkpointing": mode}
     config = tiny_run(mixer, compile=True, **fields)
     pretrain.run(tiny_run(mixer, **fields), {"tokenize": corpus}, context_in(plain))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     pretrain.run(config, {"tokenize": corpus}, context_in(whole))
     assert losses_of(whole) == pytest.approx(losses_of(plain), abs=1e-4 if dtype == "float32" else 2e-2)
@@ -63,10 +64,22 @@ def test_a_compiled_run_learns_the_same_and_repeats_itself(
     with pytest.raises(Interrupted, match="step 1 of 12"):
         pretrain.run(config, {"tokenize": corpus}, context)
     (context.scratch_dir / "stop").unlink()
+    torch.compiler.reset()
     pretrain.run(config, {"tokenize": corpus}, context)
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(stopped)[name]), name
     assert load_checkpoint(whole / "output" / "checkpoint").model(torch.zeros(1, 3, dtype=torch.int64)).isfinite().all()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compiler")
+def test_every_variant_of_an_experiment_in_one_process_is_compiled(corpus: Artifact, tmp_path: Path) -> None:
+    """torch compiles eight kinds of one function and then no more, without a word."""
+    for mixer in (*MIXERS[:5], *MIXERS[7:12]):
+        counters.clear()
+        config = tiny_run(mixer, compile=True, steps=1, warmup_steps=0)
+        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path / mixer))
+        assert counters["stats"]["unique_graphs"] == 1, mixer
 
 
 @pytest.mark.long
@@ -86,11 +99,22 @@ def test_two_workers_compile_what_one_does(
         assert torch.equal(weight, weights_of(many.directory)[name]), name
 
 
-def test_a_missing_compiler_is_refused_before_anything_else(
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_missing_compiler_is_named(device: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(Refusal, match=f"the compiler {variable}=no-such-compiler is missing; install it, or .*false"):
+        check_compiler(tiny_run("standard", compile=True), torch.device(device))
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Refusal, match=r"a compiler, g(\+\+|cc or clang), is missing"):
+        check_compiler(tiny_run("standard", compile=True), torch.device(device))
+    check_compiler(tiny_run("standard"), torch.device(device))
+
+
+def test_a_missing_compiler_is_refused_before_there_is_a_model(
     corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(Refusal, match=r"the C\+\+ compiler no-such-compiler is missing; install it .*compile: false"):
+    monkeypatch.delattr(pretrain, "build_model")
+    with pytest.raises(Refusal, match="no-such-compiler"):
         pretrain.run(tiny_run("standard", compile=True), {"tokenize": corpus}, context_in(tmp_path))
-    check_compiler(tiny_run("standard"), CPU)
-    check_compiler(tiny_run("standard", compile=True), torch.device("cuda"))

@@ -93,7 +93,7 @@ def test_every_schedule_rises_then_never_rises_again_and_ends_at_its_floor(
             "activation_checkpointing=block is for blocks of our own; mixer=retnet trains without",
         ),
         (
-            {"model": {"mixer": "retnet"}, "compile": True},
+            {"model": {"mixer": "retnet"}, "compile": True, "document_masking": True},
             "compile=true is for blocks of our own; mixer=retnet trains without",
         ),
         (
