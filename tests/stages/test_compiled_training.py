@@ -75,7 +75,7 @@ def test_a_compiled_run_learns_the_same_and_repeats_itself(
 @pytest.mark.usefixtures("compiler")
 def test_every_variant_of_an_experiment_in_one_process_is_compiled(corpus: Artifact, tmp_path: Path) -> None:
     """torch compiles eight kinds of one function and then no more, without a word."""
-    for mixer in (*MIXERS[:5], *MIXERS[7:12]):
+    for mixer in list(MIXERS)[:10]:
         counters.clear()
         config = tiny_run(mixer, compile=True, steps=1, warmup_steps=0)
         pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path / mixer))
