@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -157,11 +157,17 @@ class LocalBackend:
 
 
 class RayBackend:
-    """Stages as tasks of a Ray DAG: the graph is declared with `.bind()`, the walker submits its nodes."""
+    """Stages as tasks of a Ray DAG: the graph is declared with `.bind()`, the walker submits its nodes.
+
+    to_run: ids of the nodes that will be submitted. What the others would need is nobody's concern: a corpus can be
+    tokenized where no GPU is.
+    """
 
     inline = False
 
-    def __init__(self, address: str | None, nodes: Mapping[str, Node], experiment: Experiment):
+    def __init__(
+        self, address: str | None, nodes: Mapping[str, Node], to_run: Collection[str], experiment: Experiment
+    ) -> None:
         own = address is None
         if address is None:
             # Our own cluster is local and takes a token of its own, so that no other user's process joins it.
@@ -199,7 +205,9 @@ class RayBackend:
             node_gpus=max((r.get("GPU", 0.0) for r in totals), default=0.0),
             nodes=tuple((r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in totals),
         )
-        demands = {node_id: demand_of(node, experiment, self.capacity) for node_id, node in nodes.items()}
+        demands = {
+            node_id: demand_of(node, experiment, self.capacity) for node_id, node in nodes.items() if node_id in to_run
+        }
         self._stage = ray.remote(_stage_task)
         self.dag = self._declare(nodes, demands)
         self._declared = _declared_nodes(self.dag)
@@ -212,13 +220,9 @@ class RayBackend:
         bound: dict[str, Any] = {}
         with InputNode() as tasks:
             for node in nodes.values():
-                demand = demands[node.id]
-                options = {
-                    "name": node.id,
-                    "num_cpus": demand.task_cpus,
-                    "num_gpus": demand.task_gpus,
-                    "max_retries": 0,
-                }
+                options: dict[str, Any] = {"name": node.id, "max_retries": 0}
+                if node.id in demands:
+                    options |= {"num_cpus": demands[node.id].task_cpus, "num_gpus": demands[node.id].task_gpus}
                 upstream = [bound[origin] for origin in node.inputs.values()]
                 bound[node.id] = self._stage.options(**options).bind(tasks[node.id], *upstream)
         return MultiOutputNode(list(bound.values()))

@@ -104,22 +104,23 @@ def _execute(
     from pipeline.backends import Backend, LocalBackend, RayBackend, demand_of
 
     nodes = {node_id: d.node for node_id, d in plan.items()}
+    to_run = [node_id for node_id, d in plan.items() if d.action == "run"]
     workers = experiment.resources.pretrain.workers
     several = experiment.resources.pretrain.worker_range[1] > 1
-    if options.local and several and any(d.action == "run" and d.node.stage == "pretrain" for d in plan.values()):
+    if options.local and several and any(nodes[node_id].stage == "pretrain" for node_id in to_run):
         raise Refusal(
             f"resources.pretrain.workers={workers}: --local trains in one process; set it to 1 or leave --local out"
         )
     store.root.mkdir(parents=True, exist_ok=True)
     caught.on_signal = lambda: False  # until there is a walk to stop, a signal is only remembered
-    backend: Backend = LocalBackend() if options.local else RayBackend(options.address, nodes, experiment)
+    backend: Backend = LocalBackend() if options.local else RayBackend(options.address, nodes, to_run, experiment)
     display = Display(console, list(plan))
     try:
         if caught.number is not None:
             _say(console, "interrupted")
             return 128 + caught.number
-        for node in nodes.values():
-            demand_of(node, experiment, backend.capacity)
+        for node_id in to_run:
+            demand_of(nodes[node_id], experiment, backend.capacity)
         tracker = start_tracking(uri, experiment, plan, store, me, options.rerun_of)
         walk = Walk(
             plan,

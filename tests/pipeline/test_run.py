@@ -105,6 +105,13 @@ def test_force_recomputes_one_stage_and_the_report(run_copy: FinishedRun) -> Non
     assert current_manifest(run_copy.root, "evaluate", "lazy")["generation"] == "g0002"
 
 
+def test_what_only_stages_that_do_not_run_would_need_is_not_asked_for(run_copy: FinishedRun) -> None:
+    gpus = ("resources.pretrain={workers: 8, gpus_per_worker: 1}", "resources.sparsity.gpus=1")
+    result = lazypipe("run", run_copy.config, *gpus, "--root", run_copy.root, "--force", "report")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert current_manifest(run_copy.root, "report")["generation"] == "g0002"
+
+
 def test_a_damaged_file_is_named_and_recomputed(run_copy: FinishedRun) -> None:
     report = current_manifest(run_copy.root, "report")
     page = next((run_copy.root / "store" / "report").glob("*/*/report.html"))
