@@ -24,6 +24,7 @@ class NoMixer(nn.Module):
 
     reads_embeddings = False
     reads_side_sequence = False
+    reads_values = False
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         return torch.zeros_like(x)
