@@ -120,8 +120,8 @@ def variants_of(inputs: Mapping[str, Artifact]) -> list[Variant]:
 def recipe(variant: Variant) -> Mapping[str, Any]:
     """What decides a variant's weights: the config of its training, its operational fields left out."""
     manifest = variant.pretrain.manifest
-    found: Mapping[str, Any] = manifest.get("identity") or manifest.get("config", {})
-    return found
+    found: Mapping[str, Any] = manifest["identity"] if "identity" in manifest else manifest.get("config", {})
+    return found  # {} is the identity of nothing but defaults
 
 
 def comparison(title: str, tokenize: Artifact, variants: Sequence[Variant]) -> dict[str, Any]:

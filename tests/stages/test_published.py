@@ -196,6 +196,9 @@ def test_the_page_shows_the_published_order_the_ablations_and_the_seeds(tmp_path
         inputs[f"sparsity/{name}"].manifest["facts"] |= {"mixer": name.removesuffix("_even"), "pattern": pattern}
         inputs[f"pretrain/{name}"].manifest["config"]["model"] |= {"mixer": name}
     inputs["pretrain/standard_b"].manifest["config"]["seed"] = 9
+    # The identity of a config leaves out what is at its default: of nothing else, it is empty.
+    inputs["pretrain/standard"].manifest["identity"] = {}
+    inputs["pretrain/standard_b"].manifest["identity"] = {"seed": 9}
     inputs["evaluate/mlp_even"].manifest["metrics"]["validation_loss/skip"] = 7.25
     context = context_in(tmp_path / "report")
     report.run(ReportConfig(compare_with="deconstructing"), inputs, context)
