@@ -252,16 +252,11 @@ def blockwise_backward(
 
 @blockwise_backward.register_fake
 def _(grad_out, q, k, v, bias, tau, cu_seqlens, lse, block_mask, position_offset, scale, need):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    dq, dbias, dtau = (
-        x.new_empty(x.shape if wanted else (0,))
-        for x, wanted in zip((q, bias, tau), (need[0], need[3], need[4]), strict=True)
+    dq, dk, dv, dbias, dtau = (
+        x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip((q, k.mT, v.mT, bias, tau), need, strict=True)
     )
-    # Compiled code relies on these strides: dk and dv are accumulated the other way round.
-    dk, dv = (
-        x.new_empty((*x.shape[:2], x.shape[3], x.shape[2])).mT if wanted else x.new_empty(0)
-        for x, wanted in ((k, need[1]), (v, need[2]))
-    )
-    return dq, dk, dv, dbias, dtau
+    # dk and dv are accumulated the other way round, and compiled code relies on strides.
+    return dq, dk.mT if need[1] else dk, dv.mT if need[2] else dv, dbias, dtau
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -13,21 +13,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from model.cache import RecurrentState
 from model.config import ModelConfig
+from model.mixers.interface import TokenMixer
 from model.transformer import Transformer
 from stages.contract import Refusal
 from stages.evaluate_config import Ablation
 
 
-class NoMixer(nn.Module):
+class NoMixer(TokenMixer):
     """Adds nothing to the residual stream and reads nothing."""
-
-    reads_embeddings = False
-    reads_side_sequence = False
-    reads_values = False
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         return torch.zeros_like(x)
+
+    def new_cache(self, max_tokens: int) -> RecurrentState:  # noqa: ARG002
+        return RecurrentState()
+
+    def attention_rows(self, x: Tensor, *_: object) -> None:  # noqa: ARG002
+        return None
 
 
 def refuse_uniform(config: ModelConfig) -> None:

@@ -340,13 +340,9 @@ def bench(options: argparse.Namespace, map_function: MapFunction, start_s: float
     for key in found["seconds"]:
         rounds = " ".join(f"{value:.2f}" for value in found["seconds"][key])
         print(f"{labels[key]:<52} {found['mb_per_s'][key]:>7.2f}  {rounds}")
-    ratios = {"best raw": "raw", "datasets": "datasets", "customary": "customary"}
-    shown = [
-        f"ours / {label} {found[f'ours_over_{key}']:.2f}"
-        for label, key in ratios.items()
-        if f"ours_over_{key}" in found
-    ]
-    print("   ".join(shown))
+    prefix = "ours_over_"
+    ratios = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    print("   ".join(f"ours / {name} {value:.2f}" for name, value in ratios.items()))
     return {**about, **found}
 
 
