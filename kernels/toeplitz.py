@@ -28,6 +28,7 @@ def bias_tiles(bias: Tensor, shift: int, block_m: int, block_n: int, transposed:
     """bias [H, W] -> tiles [H, T, BM, BN] (or [H, T, BN, BM]), float32, in log2 units.
 
     Tile t holds bias[h, delta + m - n], delta = shift % step + (t - BM / step) step, and 0 outside 0 <= . < W.
+    Contiguous, as the kernels index it.
     """
     heads, window = bias.shape
     step = tile_step(block_m, block_n)
@@ -37,9 +38,11 @@ def bias_tiles(bias: Tensor, shift: int, block_m: int, block_n: int, transposed:
     length = (count - 1) * step + block_m + block_n - 1
     line = F.pad(bias.float() * math.log2(math.e), (-lowest, max(0, length + lowest - window)))
     strides = (line.shape[1], step, 1, 1)
+    # flip keeps the order of its input's strides, and between two equal ones it may put either dimension innermost:
+    # 16 x 32 tiles came out with strides (1, 16), a transposed bias to a kernel that counts (32, 1).
     if transposed:
-        return line.as_strided((heads, count, block_n, block_m), strides).flip(2)
-    return line.as_strided((heads, count, block_m, block_n), strides).flip(3)
+        return line.as_strided((heads, count, block_n, block_m), strides).flip(2).contiguous()
+    return line.as_strided((heads, count, block_m, block_n), strides).flip(3).contiguous()
 
 
 def bias_gradient(tiles: Tensor, first_delta: int, step: int, window: int) -> Tensor:

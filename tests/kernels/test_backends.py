@@ -60,6 +60,13 @@ def test_triton_with_its_default_tiles(dtype):
 
 
 @pytest.mark.parametrize("dim", [96, 256])
+def test_triton_with_default_tiles_wider_than_high(dim):
+    """16 x 32 in float32: their bias tiles once lay in memory transposed, and the output was off by its own size."""
+    problem = make_problem(4, query_len=70, dim=dim, window=40, taus=(-0.9, 0.2))
+    assert_matches_oracle(problem, "triton", TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dim", [96, 256])
 def test_triton_pads_head_dim(dim):
     problem = make_problem(6, query_len=20, dim=dim, window=8)
     with forced_tiles(SMALL_TILES):
