@@ -51,7 +51,7 @@ test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 chaos: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -s tests/stages/test_chaos.py tests/pipeline/test_chaos.py --chaos-seed $(SEED)
+	$(BIN)/python -m pytest -s tests/stages/pretrain/test_chaos.py tests/pipeline/execution/test_chaos.py --chaos-seed $(SEED)
 
 AGAINST ?= HEAD~1
 loss-compare: $(VENV)/.installed

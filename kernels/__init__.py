@@ -1,5 +1,5 @@
 """Lazy Attention: biased causal attention through Elastic-Softmax (arXiv 2601.00919)."""
 
-from kernels.api import lazy_attention
+from lazypipe.kernels.api import lazy_attention
 
 __all__ = ["lazy_attention"]

@@ -10,12 +10,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.blockwise import blockwise
-from kernels.reference import document_starts, lazy_attention_reference
-from kernels.stats import LazyStats
-from kernels.strips import BLOCK
-from kernels.tiles import DECODE_ROWS, tile_for
-from kernels.triton_ops import active_blocks, triton_decode, triton_forward
+from lazypipe.kernels.cpu.blockwise import blockwise
+from lazypipe.kernels.cpu.strips import BLOCK
+from lazypipe.kernels.gpu.ops import active_blocks, triton_decode, triton_forward
+from lazypipe.kernels.gpu.tiles import DECODE_ROWS, tile_for
+from lazypipe.kernels.reference import document_starts, lazy_attention_reference
+from lazypipe.kernels.stats import LazyStats
 
 BACKENDS = ("auto", "reference", "blockwise", "triton")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,7 +82,7 @@ def lazy_attention(
                   position_offset + (Lk - Lq) + i, and n_i counts the evicted keys.
     scale         of the dot products, 1 / sqrt(D) when None.
     backend       auto (triton on CUDA, blockwise elsewhere), reference, blockwise or triton.
-    return_stats  also return a `kernels.stats.LazyStats`, which carries no gradient.
+    return_stats  also return a `lazypipe.kernels.stats.LazyStats`, which carries no gradient.
     deterministic  forbid any reduction whose order may change from run to run. No backend has one: no kernel uses
                   atomics, so this costs nothing and results do not depend on it.
 

@@ -7,7 +7,7 @@ in float32, or in float64 when the inputs are float64.
 import torch
 from torch import Tensor
 
-from kernels.stats import LazyStats, block_any
+from lazypipe.kernels.stats import LazyStats, block_any
 
 BLOCK_SIZE = (128, 128)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model.mixers import SideInputs
-from model.mixers.interface import TokenMixer
-from model.rope import Rope
+from lazypipe.model.mixers import SideInputs
+from lazypipe.model.mixers.base import TokenMixer
+from lazypipe.model.rope import Rope
 
 KEPT = {
     torch.ops.aten.mm.default,

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import PEERS, ModelConfig
-from model.peers import PeerModel
-from model.transformer import Transformer
+from lazypipe.model.baselines import PeerModel
+from lazypipe.model.config import PEERS, ModelConfig
+from lazypipe.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -6,7 +6,7 @@ its own logits alone, so each chunk's is formed at once, multiplied into the gra
 matrix [V, d], and dropped. Nothing is computed twice: chunks cost no operations.
 
 `torch.nn.functional.linear_cross_entropy` does the same for the plain loss (the tests compare results,
-`python -m model.loss_bench` times). This one has the z-loss, follows autocast, and sums the matrix's gradient in
+`lazypipe bench loss` times). This one has the z-loss, follows autocast, and sums the matrix's gradient in
 float32.
 """
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from model.pattern import Pattern, check_pattern_name, standard_layers
+from lazypipe.model.pattern import Pattern, check_pattern_name, standard_layers
 
 MIXERS: dict[str, str] = {
     "standard": "causal softmax attention with RoPE (Vaswani et al. 2017; Su et al. 2021)",
@@ -48,7 +48,7 @@ MixerName = Literal[
     "swa",
 ]
 
-# Whole models of the package flash-linear-attention, imported as `fla`; see model/peers.py.
+# Whole models of the package flash-linear-attention, imported as `fla`; see model/baselines.py.
 PEER_PACKAGE = "fla"
 PEERS: dict[str, str] = {
     "retnet": "retention: linear attention with a fixed decay per head (Sun et al. 2023, arXiv 2307.08621)",

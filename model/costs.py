@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from model.config import WITH_SIDE_SEQUENCE, AnyMixer, ModelConfig, parameter_count
+from lazypipe.model.config import WITH_SIDE_SEQUENCE, AnyMixer, ModelConfig, parameter_count
 
 # As in model/mixers (a test compares them), which imports torch.
 TAYLOR_CHUNK, TAYLOR_STATE_FROM = 128, 1.4
@@ -30,7 +30,7 @@ CONSTANT_LAZY = "lazy, constant threshold"  # the ablation without a kernel
 IN_QUERY_BLOCKS = frozenset({CONSTANT_LAZY, "sigmoid", "entmax", "stick_breaking", "alibi", "swa"})
 
 # Float32 logits up to this size are formed at once, larger ones in chunks of half of it (model/chunked_loss.py), about
-# 0.4 GB with a chunk's passing copies. `python -m model.loss_bench` times both.
+# 0.4 GB with a chunk's passing copies. `lazypipe bench loss` times both.
 FULL_LOGITS_BYTES = 2**28
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model.transformer import Transformer
+from lazypipe.model.transformer import Transformer
 
 GREEDY_BELOW = 1e-6  # a temperature where logits / temperature leave float32 and all but the likeliest has no chance
 

@@ -9,8 +9,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.side_sequence import RANDOM_STD
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.side_sequence import RANDOM_STD
 
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 

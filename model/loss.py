@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.chunked_loss import Losses, losses_in_chunks, losses_of_logits
-from model.costs import logits_chunk
-from model.transformer import Transformer
+from lazypipe.model.chunked_loss import Losses, losses_in_chunks, losses_of_logits
+from lazypipe.model.costs import logits_chunk
+from lazypipe.model.transformer import Transformer
 
 
 def next_token_loss(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.layers import Embedding
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.layers import Embedding
 
 RANDOM_STD = 0.02  # of the entries of a random sequence, as of fresh token embeddings
 UNSET = -1

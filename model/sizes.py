@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from model.config import ModelConfig, parameter_count
+from lazypipe.model.config import ModelConfig, parameter_count
 
 PYTHIA_VOCABULARY, SENTENCEPIECE_VOCABULARY = 50_304, 32_000
 

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.activation_checkpointing import checkpointed
-from model.cache import DecodingState, LayerCache
-from model.config import WITH_SIDE_SEQUENCE, WITHOUT_ATTENTION, ModelConfig
-from model.documents import Documents
-from model.initialisation import initialise_weights
-from model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from model.mixers import SideInputs, SideQKAttention, build_mixer
-from model.rope import Rope, rope_tables
-from model.side_sequence import Maps, SideSequence
+from lazypipe.model.activation_checkpointing import checkpointed
+from lazypipe.model.cache import DecodingState, LayerCache
+from lazypipe.model.config import WITH_SIDE_SEQUENCE, WITHOUT_ATTENTION, ModelConfig
+from lazypipe.model.initialisation import initialise_weights
+from lazypipe.model.layers import Embedding, Linear, RMSNorm, SwiGLU
+from lazypipe.model.mixers import SideInputs, SideQKAttention, build_mixer
+from lazypipe.model.packing import Documents
+from lazypipe.model.rope import Rope, rope_tables
+from lazypipe.model.side_sequence import Maps, SideSequence
 
 Compiler = str | Callable[..., Any]  # what torch.compile takes as its backend
 Checkpointing = Literal["none", "block", "selective"]

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from stages.contract import Refusal
+from lazypipe.stages.contract import Refusal
 
 app = typer.Typer(
     name="lazypipe",
@@ -67,9 +67,9 @@ def run(
     no_wait: NoWaitOption = False,
 ) -> None:
     """Run an experiment: whatever is not stored yet, and what depends on it."""
-    from pipeline.experiment import load_experiment
-    from pipeline.plan import Selection
-    from pipeline.run import RunOptions, run_experiment
+    from lazypipe.pipeline.execution.run import RunOptions, run_experiment
+    from lazypipe.pipeline.experiment.schema import load_experiment
+    from lazypipe.pipeline.planning.plan import Selection
 
     if local and address is not None:
         raise Refusal("--local and --address exclude each other: one process without Ray, or a Ray cluster")
@@ -99,9 +99,9 @@ def plan(
     ] = None,
 ) -> None:
     """What would run, what is cached, and why. Computes nothing, writes nothing but a cache of file hashes."""
-    from pipeline.experiment import load_experiment
-    from pipeline.inspect_store import print_config, show_plan
-    from pipeline.plan import Selection
+    from lazypipe.pipeline.commands.status import print_config, show_plan
+    from lazypipe.pipeline.experiment.schema import load_experiment
+    from lazypipe.pipeline.planning.plan import Selection
 
     if printed is not None:
         print_config(load_experiment(config, overrides or ()), printed)
@@ -124,12 +124,12 @@ def rerun(
     no_wait: NoWaitOption = False,
 ) -> None:
     """Recompute a stage of an earlier run, or all of them; the experiment comes from the run, not from a local file."""
-    from pipeline.document import apply_overrides
-    from pipeline.experiment import compose, resolve_root
-    from pipeline.plan import Selection
-    from pipeline.rerun import experiment_of_run
-    from pipeline.run import RunOptions, run_experiment
-    from pipeline.tracking_uri import probe, tracking_uri
+    from lazypipe.pipeline.commands.rerun import experiment_of_run
+    from lazypipe.pipeline.execution.run import RunOptions, run_experiment
+    from lazypipe.pipeline.experiment.document import apply_overrides
+    from lazypipe.pipeline.experiment.schema import compose, resolve_root
+    from lazypipe.pipeline.planning.plan import Selection
+    from lazypipe.pipeline.tracking.uri import probe, tracking_uri
 
     uri = tracking_uri(resolve_root(None, root))
     probe(uri)
@@ -158,7 +158,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """What is stored, running or interrupted below the root."""
-    from pipeline.inspect_store import show_status
+    from lazypipe.pipeline.commands.status import show_status
 
     show_status(config, overrides or (), root, as_json, console())
 
@@ -174,7 +174,7 @@ def submit(
     root: RootOption = None,
 ) -> None:
     """Run an experiment as a job on a Ray cluster; the driver lives there and survives this command."""
-    from pipeline.cluster import submit_job
+    from lazypipe.pipeline.cluster.submit import submit_job
 
     raise typer.Exit(submit_job(config, overrides or (), address, follow, root, console()))
 
@@ -186,7 +186,7 @@ def ui(
     port: Annotated[int, typer.Option(help="port to listen on")] = 5000,
 ) -> None:
     """Open the MLflow UI on what is stored below the root."""
-    from pipeline.mlflow_ui import serve_ui
+    from lazypipe.pipeline.tracking.ui import serve_ui
 
     raise typer.Exit(serve_ui(root, host, port))
 
@@ -194,7 +194,7 @@ def ui(
 @app.command()
 def doctor(root: RootOption = None, as_json: JsonOption = False) -> None:
     """Check this machine: versions, torch build, GPUs, corpus, disk, tracking."""
-    from pipeline.doctor import diagnose
+    from lazypipe.pipeline.commands.doctor import diagnose
 
     raise typer.Exit(diagnose(root, as_json, console()))
 
@@ -205,11 +205,11 @@ def variants(
     sizes: Annotated[bool, typer.Option("--sizes", help="the papers' model sizes and their parameter counts")] = False,
 ) -> None:
     """The attention mechanisms and layer patterns an experiment file can name; with --sizes the papers' models."""
-    from model.config import MIXERS, PEERS
-    from model.pattern import PATTERNS
+    from lazypipe.model.config import MIXERS, PEERS
+    from lazypipe.model.pattern import PATTERNS
 
     if sizes:
-        from pipeline.show_costs import show_sizes
+        from lazypipe.pipeline.planning.costs import show_sizes
 
         show_sizes(as_json, console())
         return
@@ -237,7 +237,7 @@ def export(
     root: RootOption = None,
 ) -> None:
     """Write a trained model as a Hugging Face folder that loads without this project."""
-    from pipeline.export import run_export
+    from lazypipe.pipeline.commands.export import run_export
 
     run_export(source, target, variant, overrides or (), root, force, console())
 
@@ -268,7 +268,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Let a trained model continue texts; one alone is printed as it comes."""
-    from pipeline.generation import Sampling, generate_command, read_prompts
+    from lazypipe.pipeline.commands.generate import Sampling, generate_command, read_prompts
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, num_samples)
     texts = read_prompts(prompts or (), prompt_file, unprompted)
@@ -276,11 +276,11 @@ def generate(
 
 
 BENCHMARKS = {  # where each is; a function of the remaining arguments
-    "kernels": ("kernels.bench", "main"),
-    "tokenize": ("pipeline.bench_tokenize", "bench_tokenize"),
-    "pretrain": ("stages.pretrain_bench", "main"),
-    "generate": ("pipeline.bench_generate", "bench_generate"),
-    "evaluate": ("stages.harness_bench", "main"),
+    "kernels": ("lazypipe.pipeline.bench.kernels", "main"),
+    "tokenize": ("lazypipe.pipeline.bench.tokenize", "bench_tokenize"),
+    "pretrain": ("lazypipe.pipeline.bench.pretrain", "main"),
+    "generate": ("lazypipe.pipeline.bench.generate", "bench_generate"),
+    "evaluate": ("lazypipe.pipeline.bench.evaluate", "main"),
 }
 
 
@@ -290,7 +290,7 @@ def bench(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(BENCHMARKS))],
 ) -> None:
     """Time one of them against others; `bench WHAT --help` lists the options."""
-    from pipeline.document import nearest
+    from lazypipe.pipeline.experiment.document import nearest
 
     if what in ("--help", "-h"):
         console().print(f"Usage: lazypipe bench WHAT [OPTIONS]; WHAT is {', '.join(BENCHMARKS)}", highlight=False)
@@ -302,7 +302,7 @@ def bench(
 
 
 def main() -> NoReturn:
-    """Entry point of `lazypipe` and `python -m pipeline`."""
+    """Entry point of `lazypipe` and `python -m lazypipe`."""
     try:
         app()
     except Refusal as refusal:

@@ -9,7 +9,7 @@ watches it (the pipeline's progress display, its MLflow logger) only has to read
     output_dir/metrics.jsonl   one line per `log_metrics` call: {"step", "time", "metrics"}
     output_dir/figures/    `log_figure`            output_dir/tables/   `log_table`
     scratch_dir/           survives a crash of the stage; emptied once the outputs are committed
-    scratch_dir/checkpoints/step-00000120/   stages/checkpoints.py
+    scratch_dir/checkpoints/step-00000120/   stages/pretrain/checkpoint/directory.py
     scratch_dir/progress.json   the last `progress` call
     scratch_dir/stop       its existence asks the stage to save and leave (`stop_requested`)
 """

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.contract import first_line
-from stages.manifests import describe_files, files_problem
+from lazypipe.stages.contract import first_line
+from lazypipe.stages.files import describe_files, files_problem
 
 KEPT_MANIFEST = "manifest.json"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from stages.checkpoints import CHECKPOINT_MANIFEST, checkpoint_problem, checkpoint_step
+from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_MANIFEST, checkpoint_problem, checkpoint_step
 
 ROOM_LEFT = 2**16  # bytes; below the tensors of the models here, above their metrics.jsonl and a log
 

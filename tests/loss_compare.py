@@ -30,9 +30,15 @@ def curves() -> Curves:
     """By mixer: loss and grad_norm [steps], validation_loss, and the sha256 of the trained weights."""
     import torch
 
-    from stages import pretrain
-    from stages.contract import Context
-    from stages.pretrain_config import PretrainConfig
+    if (Path.cwd() / "lazypipe").is_dir():
+        from lazypipe.stages.contract import Context
+        from lazypipe.stages.pretrain.config import PretrainConfig
+        from lazypipe.stages.pretrain.stage import run
+    else:  # a revision from before the package `lazypipe`
+        from stages.pretrain_config import PretrainConfig
+
+        from stages.contract import Context
+        from stages.pretrain import run
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,7 +51,7 @@ def curves() -> Curves:
                 output.mkdir(parents=True)
                 scratch.mkdir()
                 config = PretrainConfig.model_validate(settings(mixer))
-                outputs = pretrain.run(config, {"tokenize": corpus}, Context(output, scratch))
+                outputs = run(config, {"tokenize": corpus}, Context(output, scratch))
                 lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                 logged = [json.loads(line)["metrics"] for line in lines]
                 found[mixer] = {
@@ -71,8 +77,8 @@ def generated_corpus(directory: Path) -> Any:
     """A tokenize artifact made without a tokenizer: a chain in which each token has five likely successors."""
     import numpy as np
 
-    from stages.contract import Artifact
-    from stages.shards import ShardWriter, write_documents
+    from lazypipe.stages.contract import Artifact
+    from lazypipe.stages.data.shards import ShardWriter, write_documents
 
     state, stream = 1, []
     for _ in range(24_000):
@@ -161,10 +167,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--curves", type=Path, help=argparse.SUPPRESS)  # what curves_of calls
     options = parser.parse_args(arguments)
     if options.curves is not None:
-        import stages
+        import lazypipe.stages
 
-        if Path(str(stages.__file__)).resolve().parents[1] != options.curves.resolve():
-            print(f"stages comes from {stages.__file__}, not from {options.curves}", file=sys.stderr)
+        if Path(str(lazypipe.stages.__file__)).resolve().parents[1] != options.curves.resolve():
+            print(f"stages comes from {lazypipe.stages.__file__}, not from {options.curves}", file=sys.stderr)
             return 2
         print(json.dumps(curves()))
         return 0

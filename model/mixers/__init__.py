@@ -1,22 +1,22 @@
 """The token mixers by name. One file each; `model.config.MIXERS` holds their descriptions, free of torch."""
 
-from model.config import AnyMixer, ModelConfig
-from model.mixers.alibi import AlibiAttention
-from model.mixers.elliptical import EllipticalAttention
-from model.mixers.entmax import EntmaxAttention
-from model.mixers.gating import GatingMixer
-from model.mixers.interface import SideInputs, TokenMixer
-from model.mixers.lazy import LazyAttention
-from model.mixers.mlp import MlpMixer
-from model.mixers.side_qk import RandomQKAttention, SideQKAttention, TextQKAttention
-from model.mixers.sigmoid import SigmoidAttention
-from model.mixers.sink import SinkAttention
-from model.mixers.softmax1 import Softmax1Attention
-from model.mixers.standard import StandardAttention
-from model.mixers.static_qk import StaticQKAttention
-from model.mixers.stick_breaking import StickBreakingAttention
-from model.mixers.swa import SlidingWindowAttention
-from model.mixers.taylor import TaylorAttention
+from lazypipe.model.config import AnyMixer, ModelConfig
+from lazypipe.model.mixers.alibi import AlibiAttention
+from lazypipe.model.mixers.base import SideInputs, TokenMixer
+from lazypipe.model.mixers.elliptical import EllipticalAttention
+from lazypipe.model.mixers.entmax import EntmaxAttention
+from lazypipe.model.mixers.gating import GatingMixer
+from lazypipe.model.mixers.lazy import LazyAttention
+from lazypipe.model.mixers.mlp import MlpMixer
+from lazypipe.model.mixers.side_qk import RandomQKAttention, SideQKAttention, TextQKAttention
+from lazypipe.model.mixers.sigmoid import SigmoidAttention
+from lazypipe.model.mixers.sink import SinkAttention
+from lazypipe.model.mixers.softmax1 import Softmax1Attention
+from lazypipe.model.mixers.standard import StandardAttention
+from lazypipe.model.mixers.static_qk import StaticQKAttention
+from lazypipe.model.mixers.stick_breaking import StickBreakingAttention
+from lazypipe.model.mixers.swa import SlidingWindowAttention
+from lazypipe.model.mixers.taylor import TaylorAttention
 
 __all__ = ["SideInputs", "SideQKAttention", "TokenMixer", "build_mixer"]
 
@@ -57,4 +57,6 @@ def build_mixer(config: ModelConfig, mixer: AnyMixer, kernel: str = "auto") -> T
         case "swa":
             return SlidingWindowAttention(config)
         case _:
-            raise ValueError(f"{mixer} is a whole model and no mixer; build it with model.peers.build_model")
+            raise ValueError(
+                f"{mixer} is a whole model and no mixer; build it with lazypipe.model.baselines.build_model"
+            )

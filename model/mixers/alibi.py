@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mixers.interface import AttentionMixer, SideInputs
-from model.mixers.query_blocks import in_query_blocks
-from model.rope import Rope
+from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.query_blocks import in_query_blocks
+from lazypipe.model.rope import Rope
 
 
 class AlibiAttention(AttentionMixer):

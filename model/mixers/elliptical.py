@@ -5,11 +5,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from model.cache import KVCache, LayerCache
-from model.documents import Documents
-from model.mixers.interface import SideInputs, documents_of
-from model.mixers.standard import StandardAttention
-from model.rope import Rope, apply_rope
+from lazypipe.model.cache import KVCache, LayerCache
+from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.standard import StandardAttention
+from lazypipe.model.packing import Documents
+from lazypipe.model.rope import Rope, apply_rope
 
 
 class EllipticalCache(KVCache):

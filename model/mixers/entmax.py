@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from model.mixers.interface import SideInputs, documents_of
-from model.mixers.query_blocks import QUERY_ROWS, RowwiseAttention, zero_share
-from model.mixers.standard import visible
-from model.rope import Rope
+from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.query_blocks import QUERY_ROWS, RowwiseAttention, zero_share
+from lazypipe.model.mixers.standard import visible
+from lazypipe.model.rope import Rope
 
 
 class EntmaxAttention(RowwiseAttention):

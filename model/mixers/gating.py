@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import LayerCache, RecurrentState
-from model.documents import weight_rows
-from model.mixers.interface import ProjectedMixer, SideInputs, documents_of
-from model.mixers.standard import visible
-from model.rope import Rope
+from lazypipe.model.cache import LayerCache, RecurrentState
+from lazypipe.model.mixers.base import ProjectedMixer, SideInputs, documents_of
+from lazypipe.model.mixers.standard import visible
+from lazypipe.model.packing import weight_rows
+from lazypipe.model.rope import Rope
 
 
 class GatingMixer(ProjectedMixer):

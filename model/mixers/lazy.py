@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from kernels import lazy_attention
-from model.config import ModelConfig
-from model.documents import Documents, first_keys, visible_keys
-from model.mixers.interface import AttentionMixer, SideInputs, documents_of
-from model.mixers.query_blocks import QUERY_ROWS, in_query_blocks, zero_share
-from model.mixers.standard import visible
-from model.rope import Rope
+from lazypipe.kernels import lazy_attention
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import AttentionMixer, SideInputs, documents_of
+from lazypipe.model.mixers.query_blocks import QUERY_ROWS, in_query_blocks, zero_share
+from lazypipe.model.mixers.standard import visible
+from lazypipe.model.packing import Documents, first_keys, visible_keys
+from lazypipe.model.rope import Rope
 
 
 class LazyAttention(AttentionMixer):

@@ -3,11 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import LayerCache, RecurrentState
-from model.config import ModelConfig
-from model.layers import Linear
-from model.mixers.interface import SideInputs, TokenMixer
-from model.rope import Rope
+from lazypipe.model.cache import LayerCache, RecurrentState
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.layers import Linear
+from lazypipe.model.mixers.base import SideInputs, TokenMixer
+from lazypipe.model.rope import Rope
 
 
 class MlpMixer(TokenMixer):

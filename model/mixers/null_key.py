@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mixers.standard import visible
+from lazypipe.model.mixers.standard import visible
 
 # Two columns carry the logit; eight keep a head width that is a multiple of 8, which the fused CUDA kernels ask for.
 LOGIT_COLUMNS = 8

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.documents import Documents
-from model.mixers.interface import AttentionMixer
+from lazypipe.model.mixers.base import AttentionMixer
+from lazypipe.model.packing import Documents
 
 QUERY_ROWS = 256  # 8 windows x 16 heads x 256 rows x 2048 keys are 268 MB of float32
 

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from model.mixers.interface import SideInputs
-from model.mixers.standard import StandardAttention
-from model.rope import Rope, apply_rope
+from lazypipe.model.mixers.base import SideInputs
+from lazypipe.model.mixers.standard import StandardAttention
+from lazypipe.model.rope import Rope, apply_rope
 
 
 class SideQKAttention(StandardAttention):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.mixers.query_blocks import RowwiseAttention
-from model.mixers.standard import visible
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.query_blocks import RowwiseAttention
+from lazypipe.model.mixers.standard import visible
 
 
 class SigmoidAttention(RowwiseAttention):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.mixers.interface import AttentionMixer, SideInputs
-from model.mixers.null_key import attend_with_null_key, weights_beside_null_key
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.null_key import attend_with_null_key, weights_beside_null_key
 
 
 class SinkAttention(AttentionMixer):

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from model.mixers.interface import AttentionMixer
-from model.mixers.null_key import attend_with_null_key, weights_beside_null_key
+from lazypipe.model.mixers.base import AttentionMixer
+from lazypipe.model.mixers.null_key import attend_with_null_key, weights_beside_null_key
 
 
 class Softmax1Attention(AttentionMixer):

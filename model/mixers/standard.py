@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mixers.interface import AttentionMixer
+from lazypipe.model.mixers.base import AttentionMixer
 
 
 class StandardAttention(AttentionMixer):

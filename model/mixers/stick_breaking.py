@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.mixers.interface import SideInputs, documents_of
-from model.mixers.query_blocks import QUERY_ROWS, RowwiseAttention, zero_share
-from model.mixers.standard import visible
-from model.rope import Rope
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.query_blocks import QUERY_ROWS, RowwiseAttention, zero_share
+from lazypipe.model.mixers.standard import visible
+from lazypipe.model.rope import Rope
 
 
 class StickBreakingAttention(RowwiseAttention):

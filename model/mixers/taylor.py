@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.cache import LayerCache, RecurrentState
-from model.config import ModelConfig
-from model.mixers.interface import AttentionMixer, SideInputs
-from model.mixers.standard import visible
-from model.rope import Rope
+from lazypipe.model.cache import LayerCache, RecurrentState
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.standard import visible
+from lazypipe.model.rope import Rope
 
 CHUNK = 128  # tokens between two states of the linear form; 64 and 256 take 1.3 times as long (CPU, D = 64)
 # All pairs cost L multiplications where the state costs one per feature. At D = 64 with 2145 features a training step

@@ -14,8 +14,8 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
 
 _before = os.environ.get("TRITON_INTERPRET")
 os.environ["TRITON_INTERPRET"] = "1"
-import kernels.triton_decode  # noqa: E402
-import kernels.triton_launch  # noqa: E402, F401
+import lazypipe.kernels.gpu.decode  # noqa: E402
+import lazypipe.kernels.gpu.launch  # noqa: E402, F401
 
 if _before is None:
     del os.environ["TRITON_INTERPRET"]

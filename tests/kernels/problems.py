@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from kernels import lazy_attention
-from kernels.tiles import Tile
+from lazypipe.kernels import lazy_attention
+from lazypipe.kernels.gpu.tiles import Tile
 
 # Small tiles: several blocks, ragged ends and mask words even at lengths the interpreter gets through quickly.
 SMALL_TILES = {

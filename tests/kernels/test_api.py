@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import lazy_attention
-from kernels.blockwise import blockwise, blockwise_backward
-from kernels.tiles import forced_tiles
-from kernels.triton_ops import triton_backward, triton_decode, triton_forward
+from lazypipe.kernels import lazy_attention
+from lazypipe.kernels.cpu.blockwise import blockwise, blockwise_backward
+from lazypipe.kernels.gpu.ops import triton_backward, triton_decode, triton_forward
+from lazypipe.kernels.gpu.tiles import forced_tiles
 from tests.kernels.problems import SMALL_TILES, make_problem, run
 
 BACKENDS = ["reference", "blockwise", "triton"]
@@ -107,7 +107,7 @@ def test_import_needs_no_triton():
         "import torch\nfrom kernels import lazy_attention\n"
         "x = torch.randn(1, 2, 5, 16)\n"
         "print(lazy_attention(x, x, x, torch.zeros(2, 3), -torch.ones(2)).shape)\n"
-        "import kernels.bench, kernels.preflight, kernels.audit, kernels.tuning\n"
+        "import lazypipe.kernels.gpu.preflight, lazypipe.kernels.gpu.audit, lazypipe.kernels.gpu.tuning\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -193,9 +193,9 @@ def test_deterministic_changes_nothing_because_nothing_is_not():
 def test_no_kernel_uses_atomics():
     from pathlib import Path
 
-    import kernels
+    import lazypipe.kernels
 
-    sources = sorted(Path(kernels.__file__).parent.glob("triton_*.py"))
+    sources = sorted((Path(lazypipe.kernels.__file__).parent / "gpu").glob("*.py"))
     assert len(sources) >= 5
     assert not [path.name for path in sources if "tl.atomic" in path.read_text()]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from kernels import lazy_attention
-from kernels.tiles import forced_tiles
+from lazypipe.kernels import lazy_attention
+from lazypipe.kernels.gpu.tiles import forced_tiles
 from tests.kernels.problems import SMALL_TILES, assert_matches_oracle, make_problem, problems, run
 
 # bfloat16 rounds weights and ds to 8 bits before their products; float32 errors grow with the logits (spread 6).

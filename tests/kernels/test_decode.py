@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import lazy_attention
-from kernels.triton_decode import launch_decode
+from lazypipe.kernels import lazy_attention
+from lazypipe.kernels.gpu.decode import launch_decode
 from tests.kernels.problems import make_problem, weight_ratios
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from kernels import lazy_attention
-from kernels.stats import block_any
-from kernels.strips import BLOCK
-from kernels.tiles import forced_tiles
+from lazypipe.kernels import lazy_attention
+from lazypipe.kernels.cpu.strips import BLOCK
+from lazypipe.kernels.gpu.tiles import forced_tiles
+from lazypipe.kernels.stats import block_any
 from tests.kernels.problems import NAMES, SMALL_TILES, make_problem, problems, run, visible_and_counts, weight_ratios
 
 some = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

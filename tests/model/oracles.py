@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.mixers.interface import AttentionMixer
+from lazypipe.model.mixers.base import AttentionMixer
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from model.config import MIXERS, ModelConfig
-from model.transformer import Transformer
+from lazypipe.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from lazypipe.model.config import MIXERS, ModelConfig
+from lazypipe.model.transformer import Transformer
 from tests.model.tiny_model import with_side_text
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import loss_bench
-from model.chunked_loss import Losses, losses_in_chunks, losses_of_logits
-from model.costs import FULL_LOGITS_BYTES, logits_chunk
-from model.loss import next_token_losses
+from lazypipe.model.chunked_loss import Losses, losses_in_chunks, losses_of_logits
+from lazypipe.model.costs import FULL_LOGITS_BYTES, logits_chunk
+from lazypipe.model.loss import next_token_losses
+from lazypipe.pipeline.bench import loss as loss_bench
 from tests.model.peak_memory import needs_linux, peak_mib
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
 

@@ -1,7 +1,7 @@
 """Compiled blocks give the gradients of plain ones, whatever the mixer, and few graphs are compiled for that.
 
 `aot_eager` traces and partitions as `inductor` does and generates no code, so that a case takes a second. What
-`inductor` generates is tested in tests/stages/test_compiled_training.py.
+`inductor` generates is tested in tests/stages/pretrain/test_compiled_training.py.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model.config import MIXERS
+from lazypipe.model.config import MIXERS
 from tests.model.test_activation_checkpointing import gradients
 from tests.model.tiny_model import awake, tiny
 

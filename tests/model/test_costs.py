@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import costs
-from model.config import MIXERS, WITH_SIDE_SEQUENCE, ModelConfig, parameter_count
-from model.loss import next_token_loss
-from model.mixers import query_blocks, taylor
-from model.transformer import Transformer, count_parameters
+from lazypipe.model import costs
+from lazypipe.model.config import MIXERS, WITH_SIDE_SEQUENCE, ModelConfig, parameter_count
+from lazypipe.model.loss import next_token_loss
+from lazypipe.model.mixers import query_blocks, taylor
+from lazypipe.model.transformer import Transformer, count_parameters
 from tests.test_imports import loaded_by
 
 ROWS, VOCAB = 3, 50

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import MIXERS, ModelConfig
-from model.generate import generate, generate_all, nucleus, steps
-from model.transformer import Transformer
+from lazypipe.model.config import MIXERS, ModelConfig
+from lazypipe.model.generate import generate, generate_all, nucleus, steps
+from lazypipe.model.transformer import Transformer
 from tests.model.tiny_model import with_side_text
 
 VOCAB = 23

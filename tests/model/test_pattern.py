@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from model.config import ModelConfig
-from model.pattern import PATTERNS, standard_layers
-from model.transformer import Transformer
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.pattern import PATTERNS, standard_layers
+from lazypipe.model.transformer import Transformer
 
 TABLE = {
     "uniform": set(),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from model.config import parameter_count
-from model.sizes import SIZES, size_row
+from lazypipe.model.config import parameter_count
+from lazypipe.model.sizes import SIZES, size_row
 
 # non-embedding, tied, untied, what lazy with W = 512 adds
 EXPECTED = {

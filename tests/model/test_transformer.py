@@ -6,12 +6,12 @@ from typing import get_args
 import pytest
 import torch
 
-from kernels import lazy_attention
-from model.config import MIXERS, PEERS, WITHOUT_ATTENTION, AnyMixer, MixerName, ModelConfig, parameter_count
-from model.mixers import build_mixer
-from model.mixers.interface import AttentionMixer
-from model.rope import apply_rope, rope_tables
-from model.transformer import Transformer, count_parameters
+from lazypipe.kernels import lazy_attention
+from lazypipe.model.config import MIXERS, PEERS, WITHOUT_ATTENTION, AnyMixer, MixerName, ModelConfig, parameter_count
+from lazypipe.model.mixers import build_mixer
+from lazypipe.model.mixers.base import AttentionMixer
+from lazypipe.model.rope import apply_rope, rope_tables
+from lazypipe.model.transformer import Transformer, count_parameters
 from tests.model.tiny_model import VOCAB, awake, some_tokens, sparsity_by_layer, tiny
 
 # hidden, intermediate, layers, heads, q/k norm, vocabulary, non-embedding, tied, untied, what lazy adds at W = 512

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.transformer import Transformer
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.transformer import Transformer
 
 VOCAB = 61
 

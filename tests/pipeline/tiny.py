@@ -66,7 +66,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 def lazypipe(*arguments: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    command = [sys.executable, "-m", "lazypipe", *map(str, arguments)]
     return subprocess.run(
         command, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stages.contract import Artifact
-from tests.stages.toy_training import toy_corpus
+from lazypipe.stages.contract import Artifact
+from tests.stages.pretrain.toy_training import toy_corpus
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import contract
-from stages.contract import Context, file_sha256, write_atomically
+from lazypipe.stages import contract
+from lazypipe.stages.contract import Context, file_sha256, write_atomically
 
 
 def context_in(directory: Path, **fields: Any) -> Context:

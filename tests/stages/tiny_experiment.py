@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint import save_checkpoint
-from model.config import ModelConfig
-from model.transformer import Transformer, count_parameters
-from stages.contract import Artifact, Context
-from stages.pretrain_config import PretrainConfig
-from stages.shards import ShardWriter, write_documents
+from lazypipe.model.checkpoint import save_checkpoint
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.transformer import Transformer, count_parameters
+from lazypipe.stages.contract import Artifact, Context
+from lazypipe.stages.data.shards import ShardWriter, write_documents
+from lazypipe.stages.pretrain.config import PretrainConfig
 
 VOCAB_SIZE = 97
 

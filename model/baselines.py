@@ -1,0 +1,197 @@
+"""Recurrent and linear models to compare with, built from flash-linear-attention's Hugging Face classes by name.
+
+A peer is a whole model, not a mixer: its blocks are the package's, with the proportions its authors published. Its size
+follows from the model it stands beside, the standard transformer of the same ModelConfig: as wide, as many heads, and
+per block as many parameters, to the nearest 8 columns of its MLP; mamba2, which has no MLP, takes as many blocks as
+come closest. Embedding and head are ours, so tying, initialisation and checkpoints are those of every other model.
+
+The package's kernels are Triton programs: they need CUDA (or, to test with, Triton's interpreter). Building, counting,
+saving and loading work everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lazypipe.model.cache import DecodingState
+from lazypipe.model.config import PEERS, ModelConfig, parameter_count
+from lazypipe.model.initialisation import fill_normal
+from lazypipe.model.layers import Embedding, Linear
+from lazypipe.model.packing import Documents
+from lazypipe.model.transformer import Transformer
+
+# By mixer: the package's configuration and its model without a head.
+CLASSES = {
+    "retnet": ("RetNetConfig", "RetNetModel"),
+    "mamba2": ("Mamba2Config", "Mamba2Model"),
+    "gla": ("GLAConfig", "GLAModel"),
+    "delta_net": ("DeltaNetConfig", "DeltaNetModel"),
+    "gated_deltanet": ("GatedDeltaNetConfig", "GatedDeltaNetModel"),
+    "forgetting_transformer": ("ForgettingTransformerConfig", "ForgettingTransformerModel"),
+}
+
+
+class PeerError(ValueError):
+    """A peer that cannot be had here: names it, what is missing and what to do."""
+
+
+@dataclass
+class PeerState(DecodingState):
+    """The package's own decoding state."""
+
+    past: Any = None
+
+
+class PeerModel(Transformer):
+    """A peer behind the interface of `Transformer`: logits, decoding, checkpoints. It has no attention weights."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
+        nn.Module.__init__(self)
+        self.config, self.vocab_size = config, vocab_size
+        self.embedding = Embedding(vocab_size, config.hidden_size)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+        self.layers, self.side = nn.ModuleList(), None  # no blocks of ours
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self.backbone = build_backbone(config)
+        if self.embedding.weight.device.type != "meta":
+            fill_normal(self.embedding.weight, config.init_std, seed, "embedding.weight")
+            if self.head is not None:
+                fill_normal(self.head.weight, config.init_std, seed, "head.weight")
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: DecodingState | None = None,
+        cu_seqlens: Tensor | None = None,
+        head_mass: list[Tensor] | None = None,  # noqa: ARG002  (of `sink` only)
+    ) -> Tensor:
+        """What the output matrix is applied to, [B, L, hidden], of tokens int64 [B, L] that continue the cache.
+
+        cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
+
+        Raises PeerError where the peer cannot compute, and for documents that it cannot keep apart (mamba2), ValueError
+        for cu_seqlens that do not fit.
+        """
+        check_peer(self.config, tokens.device)
+        assert cache is None or isinstance(cache, PeerState)
+        past: dict[str, Any] = {"use_cache": False}
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
+            if self.config.mixer == "mamba2":
+                raise PeerError(
+                    "mixer=mamba2 cannot keep packed documents apart: the package carries its state across borders; "
+                    "give it documents one by one, or leave cu_seqlens out"
+                )
+            past["cu_seqlens"] = Documents.packed(cu_seqlens, tokens).cu_seqlens.long()  # on the device of the tokens
+        if cache is not None:
+            cache.check_room(tokens.shape[1])
+            past = {"use_cache": True, "past_key_values": cache.past}
+            if cache.length and self.config.mixer == "forgetting_transformer":  # it decodes with a mask only
+                past["attention_mask"] = tokens.new_ones(tokens.shape[0], cache.length + tokens.shape[1])
+        out = self.backbone(inputs_embeds=self.embedding(tokens), return_dict=True, **past)
+        if cache is not None:
+            cache.past = out.past_key_values
+            cache.length += tokens.shape[1]
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def new_cache(self, max_tokens: int) -> PeerState:
+        return PeerState([], max_tokens)
+
+    def attention_rows(
+        self,
+        tokens: Tensor,  # noqa: ARG002
+        query_block: int,  # noqa: ARG002
+        cu_seqlens: Tensor | None = None,  # noqa: ARG002
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        return iter(())
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return []
+
+
+def build_model(config: ModelConfig, vocab_size: int, seed: int = 0, kernel: str = "auto") -> Transformer:
+    """The model of `config`, initialised from `seed`: a `Transformer`, or a peer. PeerError without the package."""
+    if config.mixer in PEERS:
+        return PeerModel(config, vocab_size, seed)
+    return Transformer(config, vocab_size, seed, kernel)
+
+
+def check_peer(config: ModelConfig, device: torch.device) -> None:
+    """Raise PeerError when `config` is a peer whose package is missing, or that cannot compute on `device`."""
+    if config.missing_package is not None:
+        raise PeerError(config.missing_package)
+    if config.mixer in PEERS and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise PeerError(
+            f"mixer={config.mixer} computes with CUDA kernels of flash-linear-attention, and this is a {device.type} "
+            "device; run it on a machine with an NVIDIA GPU (resources.pretrain.gpus_per_worker: 1, "
+            "resources.evaluate.gpus: 1), or choose another mixer"
+        )
+
+
+def build_backbone(config: ModelConfig) -> nn.Module:
+    """The package's model without embedding and head, randomly initialised with its own rules."""
+    if config.missing_package is not None:
+        raise PeerError(config.missing_package)
+    backbone = _backbone(config.mixer, matched_settings(config))
+    backbone.register_module("embeddings", None)  # ours is used
+    return backbone
+
+
+def matched_settings(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of the package's configuration, with the size of the module docstring."""
+    settings = base_settings(config)
+    hidden = config.hidden_size
+    target = parameter_count(config, 1) - hidden * (2 if not config.tie_embeddings else 1) - hidden  # all blocks
+    one_block = {**settings, "num_hidden_layers": 1}
+    if config.mixer == "mamba2":
+        return {**settings, "num_hidden_layers": max(1, round(target / block_parameters(config, one_block)))}
+    without_mlp = block_parameters(config, {**one_block, "intermediate_size": 8}) - 3 * hidden * 8
+    columns = (target / config.num_layers - without_mlp) / (3 * hidden)
+    return {**settings, "intermediate_size": max(8, 8 * round(columns / 8))}
+
+
+def base_settings(config: ModelConfig) -> dict[str, Any]:
+    """What the package's configuration is told, but for the size that is matched."""
+    common = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "vocab_size": 1,  # the embedding is ours
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    }
+    heads = {"num_heads": config.num_heads, "max_position_embeddings": config.max_seq_len}
+    match config.mixer:
+        case "mamba2":
+            return {**common, "head_dim": config.head_dim}
+        case "gated_deltanet":  # keys of 3/4 hidden_size and values of 3/2, as published
+            return {**common, **heads, "head_dim": max(8, 8 * round(config.head_dim * 3 / 32))}
+        case "forgetting_transformer":
+            return {**common, "num_heads": config.num_heads}
+        case _:
+            return {**common, **heads}
+
+
+def block_parameters(config: ModelConfig, settings: dict[str, Any]) -> int:
+    """Parameters of the blocks of a backbone with these settings; nothing is allocated."""
+    with torch.device("meta"):
+        backbone = _backbone(config.mixer, settings)
+    return sum(parameter.numel() for parameter in backbone.get_submodule("layers").parameters())
+
+
+def _backbone(mixer: str, settings: dict[str, Any]) -> nn.Module:
+    import fla.models
+
+    config_class, model_class = (getattr(fla.models, name) for name in CLASSES[mixer])
+    backbone: nn.Module = model_class(config_class(**settings))
+    return backbone

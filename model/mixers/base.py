@@ -1,0 +1,199 @@
+"""What every token mixer offers, and what those that are attention share."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lazypipe.model.cache import KVCache, LayerCache
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.layers import Linear, RMSNorm
+from lazypipe.model.packing import Documents, first_key_mass, weight_rows
+from lazypipe.model.rope import Rope, apply_rope
+
+STATISTICS_ROWS = 256  # query rows of weights that exist at a time
+
+
+@dataclass
+class SideInputs:
+    """What a layer may read beside its own input. One object per pass through the stack, updated layer by layer.
+
+    embeddings         [B, L, hidden] token embeddings of the input; None where no layer reads them
+    normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
+    documents          where the documents of a packed row lie; None when every row is one document
+    values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first, and
+                       without keeps_values: where no layer reads them, none is kept
+    head_mass          a list that every layer of `sink` adds to, if the caller wants it: Imp [H] float32, the mean over
+                       all tokens of the weight its real keys have together, with gradient
+    maps               rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at the layer at hand,
+                       for mixers with `reads_side_sequence`; maps_by_layer has those of all such layers
+    """
+
+    embeddings: Tensor | None
+    documents: Documents | None = None
+    normed_embeddings: Tensor | None = None
+    values: Tensor | None = None
+    keeps_values: bool = True
+    head_mass: list[Tensor] | None = None
+    maps: tuple[Tensor, Tensor] | None = None
+    maps_by_layer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def enter_layer(self, index: int) -> None:
+        self.maps = self.maps_by_layer.get(index)
+
+
+def documents_of(side: SideInputs | None) -> Documents | None:
+    return None if side is None else side.documents
+
+
+class TokenMixer(nn.Module):
+    """Mixes information between positions, causally. x is the normed layer input [B, L, hidden].
+
+    `rope` holds the tables of exactly the L positions of x; `side` may be left out where a mixer reads nothing of it.
+    With `side.documents` x is one packed row: positions restart with each document, and nothing is mixed across.
+    The projection back into the residual stream is a Linear named `o_proj`, or `down_proj` in a mixer that is an MLP
+    (their initialisation is scaled down with depth).
+    """
+
+    reads_embeddings: ClassVar[bool] = False
+    reads_side_sequence: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False  # of the attention layer below
+
+    @abstractmethod
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
+        """[B, L, hidden]. With a cache, x continues the tokens the cache has seen, and is added to it."""
+
+    @abstractmethod
+    def new_cache(self, max_tokens: int) -> LayerCache:
+        """An empty decoding cache with room for `max_tokens` tokens."""
+
+    @abstractmethod
+    def attention_rows(
+        self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
+    ) -> Iterator[tuple[int, Tensor]] | None:
+        """Yield (query_start, weights [B, H, rows, L] float32) from the first query to the last; None without weights.
+
+        The weights are those multiplied with V: exact zeros included, future positions 0. At most `query_block` rows
+        exist at a time.
+        """
+
+    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:  # noqa: ARG002
+        """Share of exactly-zero weights among all (query, visible key) pairs, [H] float32; None where none can be."""
+        return None
+
+    def statistics(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """(`sparsity`, sink), [H] float32 each: sink is the mean over queries of the weight on the first key they see.
+
+        None for what a mixer does not have.
+        """
+        rows = self.attention_rows(x, rope, STATISTICS_ROWS, side)
+        return self.sparsity(x, rope, side), None if rows is None else first_key_mass(rows, documents_of(side))
+
+
+class ProjectedMixer(TokenMixer):
+    """The projections multi-head mixers share: queries, keys and values of the heads, and the way back.
+
+    Grouped-query attention when config.kv_heads < config.num_heads: query head h reads key/value head
+    h // (num_heads / kv_heads). With config.qk_norm, each head of Q and of K goes through an RMSNorm before RoPE.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        self.scale = self.head_dim**-0.5
+        self.q_proj = Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def unrotated(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, L, D] and keys [B, Hkv, L, D] of source [B, L, hidden], normed if configured, before RoPE."""
+        q = self._heads(self.q_proj(source), self.num_heads)
+        k = self._heads(self.k_proj(source), self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k
+
+    def new_values(self, x: Tensor, side: SideInputs | None = None) -> Tensor:
+        """Values [B, Hkv, L, D] of x, left in `side` for the layers above."""
+        v = self._heads(self.v_proj(x), self.kv_heads)
+        if side is not None:
+            # Cloned: torch 2.13's compiler fails on a graph that gives out v and a view of v.
+            side.values = v.detach().clone() if side.keeps_values else None
+        return v
+
+    def project(self, heads: Tensor) -> Tensor:
+        """Head outputs [B, H, L, D] back into the residual stream, [B, L, hidden]."""
+        out: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
+        return out
+
+    def per_query_head(self, x: Tensor) -> Tensor:
+        """Keys or values [B, Hkv, L, D] as every query head sees them, [B, H, L, D]."""
+        return x if self.kv_heads == self.num_heads else x.repeat_interleave(self.num_heads // self.kv_heads, dim=1)
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
+
+
+class AttentionMixer(ProjectedMixer):
+    """Multi-head attention around two functions a subclass gives: the output of all queries, the weights of a few."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, Lq, D] against k, v [B, Hkv, Lk, D]: output [B, H, Lq, D]. The queries are the last Lq positions."""
+
+    @abstractmethod
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """The weights [B, H, Lq, Lk] float32 that `attend` multiplies with V."""
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
+        q, k = self.queries_and_keys(x, rope, side)
+        v = self.new_values(x, side)
+        if cache is not None:
+            assert isinstance(cache, KVCache)
+            k, v = cache.append(k, v)
+        return self.project(self.attend_documents(q, k, v, side))
+
+    def new_cache(self, max_tokens: int) -> LayerCache:
+        return KVCache(max_tokens)
+
+    def attention_rows(
+        self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        q, k = self.queries_and_keys(x, rope, side)
+
+        def weights_of(start: int, end: int, first_key: int) -> Tensor:
+            return self.weights(q[:, :, start:end], k[:, :, first_key:end])
+
+        return weight_rows(weights_of, q.shape[2], query_block, documents_of(side))
+
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
+        """`attend`, within each document of a packed row."""
+        documents = documents_of(side)
+        return self.attend(q, k, v) if documents is None else documents.each(self.attend, q, k, v)
+
+    def queries_and_keys(
+        self,
+        x: Tensor,
+        rope: Rope,
+        side: SideInputs | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries [B, H, L, D] and keys [B, Hkv, L, D]. They read x; a subclass may read `side` instead."""
+        q, k = self.unrotated(x)
+        return apply_rope(q, rope), apply_rope(k, rope)
+
+    def by_weights(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of `attend` by way of `weights`."""
+        return self.weights(q, k).to(v.dtype) @ self.per_query_head(v)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """q . k / sqrt(D) in float32, autocast or not, [B, H, Lq, Lk], before any mask."""
+        keys = self.per_query_head(k.float())
+        with torch.autocast(q.device.type, enabled=False):
+            scores: Tensor = (q.float() * self.scale) @ keys.transpose(-1, -2)
+        return scores

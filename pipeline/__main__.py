@@ -1,5 +1,0 @@
-"""`python -m pipeline ...` is `lazypipe ...`."""
-
-from pipeline.cli import main
-
-main()

@@ -1,0 +1,217 @@
+"""One execution of one stage, from inputs to a committed generation: in a Ray task or, with --local, in the driver.
+
+lease (held by the driver) -> generation directory -> stage.run(config, inputs, context) -> manifest -> current
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lazypipe.pipeline.planning.code_version import code_version
+from lazypipe.pipeline.planning.fingerprint import operational_fields
+from lazypipe.pipeline.store.lease import held_by
+from lazypipe.pipeline.store.store import Entry, Generation, read_generation
+from lazypipe.stages.config import StageConfig
+from lazypipe.stages.contract import Artifact, Context, Outputs
+from lazypipe.stages.pretrain.attempts import ends_noted
+from lazypipe.stages.registry import STAGE_CONFIGS
+
+STAGE_MODULES = {
+    "tokenize": "lazypipe.stages.tokenization.stage",
+    "pretrain": "lazypipe.stages.pretrain.stage",
+    "evaluate": "lazypipe.stages.evaluate.stage",
+    "sparsity": "lazypipe.stages.sparsity.stage",
+    "report": "lazypipe.stages.report.stage",
+}
+TORCH_STAGES = frozenset({"pretrain", "evaluate", "sparsity"})
+RECORDED_VERSIONS = (
+    *("torch", "triton", "ray", "mlflow", "tokenizers", "transformers", "datasets", "pyarrow", "numpy"),
+    "lm_eval",
+)
+
+MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+RunStage = Callable[["StageTask", StageConfig, Mapping[str, Artifact], MapFunction], Outputs]
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """Everything an execution needs, picklable. `inputs` maps input names to committed generation directories."""
+
+    node_id: str
+    stage: str
+    variant: str | None
+    config: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    source: Mapping[str, Any]
+    fingerprint: str
+    entry: Path
+    generation: str
+    lease_token: str
+    threads: int
+    experiment: str
+    tracking: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    input_names: tuple[str, ...] = ()
+
+
+class LeaseLostError(RuntimeError):
+    """Another run took over the recipe while this one was executing it."""
+
+
+def execute_stage(
+    task: StageTask, input_paths: Sequence[str], map_function: MapFunction, run: RunStage | None = None
+) -> str:
+    """Run a stage and commit its generation; returns the generation's directory. `input_paths` follow input_names."""
+    entry = Entry(task.entry)
+    config = STAGE_CONFIGS[task.stage].model_validate(task.config)
+    generations = {name: read_generation(Path(path)) for name, path in zip(task.input_names, input_paths, strict=True)}
+    for name, generation in generations.items():
+        problem = generation.problem(full=True)
+        if problem is not None:
+            raise RuntimeError(
+                f"{task.node_id}: its input {name} was damaged meanwhile: {problem}; run again to repair it"
+            )
+    inputs = {name: generation.artifact() for name, generation in generations.items()}
+    output_dir = task.entry / task.generation
+    output_dir.mkdir(parents=True, exist_ok=False)
+
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        outputs = (run or run_in_process)(task, config, inputs, map_function)
+    messages = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
+    for message in messages:
+        print(f"warning: {task.node_id}: {message}", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - clock
+
+    if not held_by(task.entry, task.lease_token):
+        raise LeaseLostError(f"{task.node_id}: another run took over {task.entry}; its result is used instead")
+    manifest = _manifest(task, config, generations, outputs, started, seconds, messages)
+    return str(entry.commit(task.generation, manifest).path)
+
+
+def run_in_process(
+    task: StageTask, config: StageConfig, inputs: Mapping[str, Artifact], map_function: MapFunction
+) -> Outputs:
+    """Call the stage's function here, with the thread count the experiment gives it."""
+    if task.stage in TORCH_STAGES:
+        import torch
+
+        torch.set_num_threads(task.threads)  # a reused worker process keeps the last stage's count
+    context = Context(task.entry / task.generation, task.entry / "scratch", map_function=map_function)
+    module = importlib.import_module(STAGE_MODULES[task.stage])
+    with ends_noted(context.scratch_dir):
+        outputs: Outputs = module.run(config, inputs, context)
+    return outputs
+
+
+@contextmanager
+def sigterm_saves(scratch: Path) -> Iterator[None]:
+    """Inside, SIGTERM asks the stage to save and leave as the driver does, by a file in its scratch directory.
+
+    For a stage process that is ended by itself: by whoever drains its node, or by hand.
+    """
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        (scratch / "stop").touch()
+
+    previous = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def _manifest(
+    task: StageTask,
+    config: StageConfig,
+    inputs: Mapping[str, Generation],
+    outputs: Outputs,
+    started: datetime,
+    seconds: float,
+    messages: list[str],
+) -> dict[str, Any]:
+    json.dumps(outputs.facts, allow_nan=False)  # a stage that returns anything else is wrong here, not at the next read
+    manifest: dict[str, Any] = {
+        "stage": task.stage,
+        "variant": task.variant,
+        "experiment": task.experiment,
+        "fingerprint": task.fingerprint,
+        "stage_version": type(config).STAGE_VERSION,  # type: ignore[attr-defined]
+        "config": config.model_dump(mode="json"),
+        "identity": dict(task.identity),
+        "source": dict(task.source),
+        "operational": json.loads(json.dumps(operational_fields(config))),
+        "resources": dict(task.resources),
+        "inputs": {name: {"fingerprint": g.fingerprint, "generation": g.id} for name, g in inputs.items()},
+        "metrics": outputs.metrics,
+        "facts": outputs.facts,
+        "warnings": messages,
+        "created": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "threads": task.threads,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "code": code_version().as_manifest(),
+        "tracking": dict(task.tracking),
+    }
+    for name in ("resumed_from", "steps_executed"):
+        if name in outputs.facts:
+            manifest[name] = outputs.facts[name]
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in RECORDED_VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def map_in_processes(max_workers: int) -> MapFunction:
+    """An ordered map over worker processes that end with their parent, however it ends."""
+
+    def mapping(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        todo = list(items)
+        workers = min(max_workers, len(todo))
+        if workers <= 1:
+            yield from map(function, todo)
+            return
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_die_with_parent) as pool:
+            yield from pool.map(function, todo)
+
+    return mapping
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends: a pool worker would wait for work for ever otherwise."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,262 @@
+"""`python -m lazypipe.stages.pretrain CONFIG.json --tokens DIR --output DIR [key=value ...]`: without Ray and MLflow.
+
+Needs torch, numpy, pyarrow, safetensors and pydantic alone. One process trains by itself; torchrun starts several that
+find each other through RANK, WORLD_SIZE and LOCAL_RANK (NCCL on CUDA, Gloo elsewhere). The output folder is what the
+pretrain stage writes (checkpoint/, tables/, metrics.jsonl) with result.json at the end and, until then, scratch/ with
+the resume checkpoints: the same command again goes on from the newest.
+
+Exit codes: 0 trained (or was already), 2 something you can fix, 143 and 130 saved and left after SIGTERM and SIGINT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
+from lazypipe.stages.pretrain import stage as pretrain
+from lazypipe.stages.pretrain.attempts import ends_noted
+from lazypipe.stages.pretrain.checkpoint.state import other_identity, run_identity
+from lazypipe.stages.pretrain.determinism import prepare_cublas
+from lazypipe.stages.pretrain.inputs import read_config, verified_corpus
+
+RESULT = "result.json"
+PRINT_EVERY_S = 10.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass
+class CommandContext(Context):
+    """A Context that prints its progress, and that a signal stops."""
+
+    caught: list[int] = field(default_factory=list)
+    _last_line: float = field(default=float("-inf"), init=False, repr=False)
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self.caught) or super().stop_requested
+
+    def progress(self, done: float, total: float, unit: str, **numbers: float | str) -> None:
+        super().progress(done, total, unit, **numbers)
+        now = time.monotonic()
+        if self.rank == 0 and (now - self._last_line >= PRINT_EVERY_S or done == total):
+            self._last_line = now
+            print(progress_line(done, total, unit, numbers), flush=True)
+
+
+def progress_line(done: float, total: float, unit: str, numbers: Mapping[str, float | str]) -> str:
+    """'steps 120/200  loss 4.31  tokens_per_s 8512  ETA 0:01:04'"""
+    parts = [f"{unit} {done:g}/{total:g}"]
+    for name, value in numbers.items():
+        if name == "eta_s":
+            minutes, seconds = divmod(round(float(value)), 60)
+            parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+        elif isinstance(value, str):
+            parts.append(f"{name} {value}")
+        else:
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) and value < 1e4 else f"{name} {value:.0f}")
+    return "  ".join(parts)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code. Messages of several processes are those of rank 0."""
+    first = os.environ.get("RANK", "0") == "0"
+    caught: list[int] = []
+    previous = {number: signal.signal(number, _remember(caught)) for number in SIGNALS}
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning if first else _ignore_warning
+            train(parse(arguments), caught)
+    except Refusal as refusal:
+        if first:
+            print(f"error: {refusal}", file=sys.stderr, flush=True)
+        return 2
+    except Interrupted as interrupted:
+        if first:
+            print(f"{interrupted}; the same command goes on from there", flush=True)
+        return 128 + (caught[0] if caught else signal.SIGTERM)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _remember(caught: list[int]) -> Any:
+    """The first signal asks for a checkpoint at the end of the step; another one ends a process that trains alone.
+
+    Under torchrun a second one is usual: Ctrl-C reaches the workers from the terminal and from torchrun.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        caught.append(number)
+        if len(caught) > 1 and "WORLD_SIZE" not in os.environ:
+            sys.exit(128 + number)
+
+    return handle
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _ignore_warning(*_: object, **__: object) -> None:
+    """Another rank says it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message}; see python -m lazypipe.stages.pretrain --help")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m lazypipe.stages.pretrain",
+        description="Train one language model without Ray and MLflow; several processes through torchrun.",
+    )
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG.json", help="as lazypipe plan --print pretrain/VARIANT prints"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lr=1e-3 or model.num_layers=2")
+    parser.add_argument("--tokens", type=Path, required=True, metavar="DIR", help="a tokenize result of the store")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (default: torch's own choice)")
+    options = parser.parse_intermixed_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        raise Refusal(f"--threads {options.threads}: must be at least 1")
+    return options
+
+
+def train(options: argparse.Namespace, caught: list[int]) -> None:
+    """Read, check and train; Refusal and Interrupted as `lazypipe.stages.pretrain.stage.run` raises them."""
+    config = read_config(options.config, options.overrides)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if config.deterministic and torch.cuda.is_available():
+        prepare_cublas(os.environ, False)  # before CUDA is used, as the next line does
+    rank, world_size = join_workers()
+    corpus = open_corpus(options.tokens, rank)
+    output, scratch, identity = options.output, options.output / "scratch", run_identity(config, corpus)
+    with locked(output, rank):
+        result = agreed(rank, lambda: finished_result(output, identity))
+        if result is not None:
+            if rank == 0:
+                print(f"{output} is trained already: validation loss {result['metrics']['validation_loss']:.4f}")
+            return
+        if rank == 0:
+            scratch.mkdir(exist_ok=True)
+            (scratch / "stop").unlink(missing_ok=True)
+        context = CommandContext(output, scratch, rank, world_size, caught=caught)
+        with ends_noted(scratch) if rank == 0 else nullcontext():
+            outputs = pretrain.run(config, {"tokenize": corpus}, context)
+        if rank == 0:
+            finish(output, identity, outputs)
+
+
+def join_workers() -> tuple[int, int]:
+    """(rank, world size): (0, 1) alone; under torchrun the process group is initialised and the GPU chosen."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    try:
+        rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError) as error:
+        raise Refusal(
+            f"WORLD_SIZE is set, but RANK, WORLD_SIZE and LOCAL_RANK are not three numbers ({error}); start several "
+            "processes with torchrun, or unset WORLD_SIZE"
+        ) from error
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return rank, world_size
+    asked, present = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+    if asked > present:
+        raise Refusal(f"{asked} processes on a machine with {present} GPUs; lower torchrun's --nproc-per-node")
+    torch.cuda.set_device(local)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+    return rank, world_size
+
+
+def agreed(rank: int, check: Any) -> Any:
+    """What `check` returns on rank 0, or the Refusal it raises there, on every rank: files are looked at once."""
+    found: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            found[0] = check()
+        except Refusal as refusal:
+            found[1] = str(refusal)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise Refusal(found[1])
+    return found[0]
+
+
+def open_corpus(path: Path, rank: int) -> Artifact:
+    """The tokenize generation at `path`, or the one that its `current` names; every file checked, by rank 0."""
+    directory = agreed(rank, lambda: verified_corpus(path))
+    return Artifact(directory, json.loads((directory / "manifest.json").read_text(encoding="utf-8")))
+
+
+@contextmanager
+def locked(output: Path, rank: int) -> Iterator[None]:
+    """Make the output folder and keep a second command out of it."""
+    handle: list[IO[str]] = []
+
+    def lock() -> None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            handle.append((output / ".lock").open("w", encoding="utf-8"))
+            fcntl.flock(handle[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"--output {output}: another process trains there; wait for it, or choose another") from None
+        except OSError as error:
+            raise Refusal(f"--output {output}: cannot be written: {error}; choose another") from error
+
+    agreed(rank, lock)
+    try:
+        yield
+    finally:
+        for file in handle:
+            file.close()
+
+
+def finished_result(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier command left when it was done, or None. Refusal when it trained something else."""
+    path = output / RESULT
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    other = other_identity(found["identity"], identity)
+    if other is not None:
+        name, before, now = other
+        raise Refusal(f"--output {output}: holds a finished run with {name}={before}, not {now}; choose another")
+    return found
+
+
+def finish(output: Path, identity: Mapping[str, Any], outputs: Outputs) -> None:
+    """Write result.json, drop what only a resume needs, and say what came out."""
+    result = {"identity": identity, "metrics": outputs.metrics, "facts": outputs.facts}
+    write_atomically(output / RESULT, json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(output / "scratch")
+    print("  ".join(f"{name} {value:.5g}" for name, value in outputs.metrics.items()))
+    print(f"model: {output / 'checkpoint'}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,240 @@
+"""Saving and resuming a training run: in the background or not, with one worker or many.
+
+A save in the background copies the state (to pinned memory from a GPU), and training goes on while a thread writes,
+hashes, syncs and commits it; one save at most is under way. Several workers each write their part into one directory
+and agree on every stage of it over a process group of their own (gloo), so that a worker whose disk is full fails the
+save on all of them, and none waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from lazypipe.stages.contract import Context, Refusal
+from lazypipe.stages.pretrain.checkpoint.directory import (
+    CHECKPOINT_MANIFEST,
+    commit_checkpoint,
+    describe_durably,
+    fsync,
+    newest_checkpoint,
+    open_partial,
+    partial_checkpoint,
+    prune_checkpoints,
+)
+from lazypipe.stages.pretrain.checkpoint.state import (
+    RunState,
+    Snapshot,
+    check_resume_checkpoint,
+    read_resume_checkpoint,
+    take_snapshot,
+    write_resume_checkpoint,
+)
+from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.pretrain.parallel import check_process_group
+
+Result = TypeVar("Result")
+
+
+class CheckpointSaver:
+    """The resume checkpoints of one run. Every method is called by all workers, in the same order.
+
+    Leaving it as a context manager waits for a save under way.
+    """
+
+    def __init__(self, config: PretrainConfig, context: Context) -> None:
+        self.config, self.context = config, context
+        self.folder = context.scratch_dir / "checkpoints"
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: tuple[int, Future[None]] | None = None
+        self._stager: DefaultStager | None = None
+        self._group: Any = None
+        # torch says so although it was told `no_dist`, and from another thread it could not be silenced for a while.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:  # what ended the training is the better reason
+                raise
+        finally:
+            self._executor.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.AdamW, identity: Mapping[str, Any]) -> RunState:
+        """The state of the newest intact checkpoint, loaded; a fresh one without.
+
+        Worker 0 verifies and decides; the others must see the same manifest, or all refuse.
+        """
+        context = self.context
+        check_process_group(context)
+        if context.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        warn = partial(warnings.warn, stacklevel=2)
+        newest = self._together(lambda: newest_checkpoint(self.folder, warn) if context.rank == 0 else None)[0]
+        seen = self._together(lambda: None if newest is None else _manifest_digest(newest))
+        if len(set(seen)) > 1:
+            raise Refusal(
+                f"{sum(digest != seen[0] for digest in seen)} of {len(seen)} workers do not see the resume checkpoint "
+                f"{newest} that worker 0 found; all workers must share one storage root"
+            )
+        if newest is None:
+            return RunState()
+        self._together(lambda: check_resume_checkpoint(newest, identity))
+        return read_resume_checkpoint(newest, model, optimizer, context.rank, self._group)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        state: RunState,
+        identity: Mapping[str, Any],
+        final: bool = False,
+    ) -> None:
+        """Commit a checkpoint of `state`, in the background if the config says so, after the one under way.
+
+        A disk that takes no more is a warning, and the checkpoints before stay, unless `final`, the last save before
+        training is left: then it is OSError, and nothing is under way on return. Any other error is raised, of a save
+        in the background by the next call.
+        """
+        self.wait()
+        snapshot = take_snapshot(model, optimizer, state, identity)
+        unlogged: OSError | None = None
+        try:
+            self.context.flush_metrics()
+        except OSError as error:
+            unlogged = error
+        if final:
+            try:
+                self._commit(snapshot, unlogged)
+            except OSError as error:
+                raise OSError(
+                    f"the state at step {state.step} cannot be saved below {self.folder}: {error}; make room and run "
+                    "again, from the checkpoint before"
+                ) from error
+        elif self.config.async_checkpoints:
+            copied = replace(snapshot, tensors=self._copy(snapshot.tensors))
+            self._under_way = (state.step, self._executor.submit(self._commit, copied, unlogged))
+        else:
+            self._settle(state.step, partial(self._commit, snapshot, unlogged))
+
+    def wait(self) -> None:
+        """Until no save is under way."""
+        if self._under_way is not None:
+            step, future = self._under_way
+            self._under_way = None
+            self._settle(step, future.result)
+
+    def _settle(self, step: int, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except OSError as error:
+            message = f"no checkpoint of step {step}: {error}; training goes on, with the checkpoints before"
+            warnings.warn(message, stacklevel=3)  # for the manifest, at the end of the stage
+            with contextlib.suppress(OSError):  # a log on the same disk
+                if self.context.rank == 0:
+                    print(f"warning: {message}", file=sys.stderr, flush=True)  # for whoever can make room now
+
+    def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A copy in host memory, in buffers kept from one save to the next (shards of DTensors stay DTensors)."""
+        if self._stager is None:
+            cuda = torch.cuda.is_available()
+            options = StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+            self._stager = DefaultStager(options)
+        copied = self._stager.stage(tensors)
+        assert isinstance(copied, dict)
+        return copied
+
+    def _commit(self, snapshot: Snapshot, unlogged: OSError | None) -> None:
+        """Write, sync, hash, manifest, rename, drop old ones: all of a save but the copy, in whatever thread.
+
+        unlogged: why metrics of earlier steps are not on disk. A run resumed from here would not log them again.
+        """
+        first, step = self.context.rank == 0, snapshot.step
+        target = partial_checkpoint(self.folder, step)
+        try:
+            self._together(lambda: self._open(step, unlogged) if first else None)
+            write = partial(write_resume_checkpoint, target, snapshot, self.context.rank, self._group)
+            files = self._together(lambda: describe_durably(write()))
+            every = {name: entry for part in files for name, entry in part.items()}
+            self._together(lambda: self._close(step, every) if first else None)
+        except BaseException:
+            if first:
+                shutil.rmtree(target, ignore_errors=True)
+            raise
+
+    def _open(self, step: int, unlogged: OSError | None) -> None:
+        if unlogged is not None:
+            raise unlogged
+        metrics = self.context.output_dir / "metrics.jsonl"
+        if metrics.exists():
+            fsync(metrics)
+        open_partial(self.folder, step)
+
+    def _close(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        directory = partial_checkpoint(self.folder, step)
+        committed = commit_checkpoint(directory, step, files, world_size=self.context.world_size)
+        prune_checkpoints(committed, self.config.keep_checkpoints, self.config.keep_checkpoint_every)
+
+    def _together(self, action: Callable[[], Result]) -> list[Result]:
+        """What `action` returned on each worker; if it failed on one it fails on all: with Refusal if only that was
+        said, with OSError if the disk did it.
+        """
+        result, failure, cause = None, None, None
+        try:
+            result = action()
+        except (Exception, CheckpointException) as error:
+            failure, cause = _failure(error), error
+        outcomes: list[Any] = [(result, failure)]
+        if self._group is not None:
+            outcomes *= self.context.world_size
+            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+        failures = list(dict.fromkeys(failure for _, failure in outcomes if failure is not None))
+        if failures:
+            if self._group is None and not isinstance(cause, CheckpointException):
+                assert cause is not None
+                raise cause
+            kinds = {kind for kind, _ in failures}
+            kind = kinds.pop() if len(kinds) == 1 else RuntimeError
+            raise kind("; ".join(text for _, text in failures)) from cause
+        return [result for result, _ in outcomes]
+
+
+def _failure(error: BaseException) -> tuple[type[Exception], str]:
+    """(Refusal, OSError or, of anything else, RuntimeError; what it says): of all workers, where DCP has collected
+    their errors.
+    """
+    errors = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    known = (kind for kind in (Refusal, OSError) if all(isinstance(e, kind) for e in errors))
+    return next(known, RuntimeError), "; ".join(dict.fromkeys(map(str, errors)))
+
+
+def _manifest_digest(directory: Path) -> str:
+    try:
+        return hashlib.sha256((directory / CHECKPOINT_MANIFEST).read_bytes()).hexdigest()
+    except OSError as error:
+        return str(error)

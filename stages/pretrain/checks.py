@@ -1,0 +1,120 @@
+"""What pretraining looks at before its first step: settings without effect, and whether the kernels are right here."""
+
+import os
+import shutil
+import sysconfig
+import warnings
+from pathlib import Path
+
+import torch
+
+from lazypipe.model.config import PEER_PACKAGE, PEERS
+from lazypipe.stages.contract import Refusal
+from lazypipe.stages.pretrain.config import PretrainConfig
+
+
+def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
+    """Warn of settings that do not do what they say in this model, and of workers without work."""
+    if world_size > config.micro_batches_per_step:
+        warnings.warn(
+            f"{world_size} workers share {config.micro_batches_per_step} micro-batches a step, so the rest of them is "
+            "idle; lower workers or micro_batch_size, or raise tokens_per_step",
+            stacklevel=2,
+        )
+    if config.warmup_steps >= config.steps:
+        warnings.warn(
+            f"warmup_steps={config.warmup_steps} is not below steps={config.steps}: the learning rate only rises, to "
+            f"{config.steps / config.warmup_steps:.3g} of lr={config.lr:g}",
+            stacklevel=2,
+        )
+    for name, schedules in (("decay_fraction", ("wsd",)), ("min_lr_fraction", ("cosine", "linear", "wsd"))):
+        value = getattr(config, name)
+        if config.schedule not in schedules and value != type(config).model_fields[name].default:
+            warnings.warn(f"{name}={value:g} has no effect with schedule={config.schedule}", stacklevel=2)
+    if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
+        warnings.warn(
+            f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
+            f"mixer={config.model.mixer} is not; they change nothing",
+            stacklevel=2,
+        )
+    if config.spike_sigma is None and config.spike_window != type(config).model_fields["spike_window"].default:
+        warnings.warn(f"spike_window={config.spike_window} has no effect without spike_sigma", stacklevel=2)
+    if config.tau_bias_lr_multiplier != 1 and not config.tau_bias_apart:
+        warnings.warn(
+            f"tau_bias_lr_multiplier={config.tau_bias_lr_multiplier:g} is for tau and the distance bias of Lazy "
+            "Attention, of which this model has none",
+            stacklevel=2,
+        )
+    if config.activation_checkpointing != "none" and config.model.mixer in PEERS:
+        warnings.warn(
+            f"activation_checkpointing={config.activation_checkpointing} is for blocks of our own; "
+            f"mixer={config.model.mixer} trains without",
+            stacklevel=2,
+        )
+    if config.compile and config.model.mixer in PEERS:
+        warnings.warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without", stacklevel=2)
+    elif config.compile and (uncompiled := _uncompiled_mixers(config)):
+        warnings.warn(
+            f"compile=true has no effect on layers of {', '.join(uncompiled)} with document_masking and "
+            f"activation_checkpointing={config.activation_checkpointing}; leave out one of the three",
+            stacklevel=2,
+        )
+    if config.sink_balance and config.model.mixer != "sink":
+        warnings.warn(
+            f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
+            "none, and trains without",
+            stacklevel=2,
+        )
+
+
+def _uncompiled_mixers(config: PretrainConfig) -> list[str]:
+    """Mechanisms that take packed documents apart in Python, which torch cannot compile inside a checkpoint."""
+    if not config.document_masking or config.activation_checkpointing == "none":
+        return []
+    return sorted(set(config.model.layer_mixers) - ({"mlp", "lazy"} if _has_lazy_kernel(config) else {"mlp"}))
+
+
+def check_compiler(config: PretrainConfig, device: torch.device) -> None:
+    """Refusal where torch.compile is asked for and lacks what builds its code: C++ on a CPU, Triton's C on a GPU."""
+    if not config.compile:
+        return
+    variable, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    asked = os.environ.get(variable)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not any(shutil.which(name) for name in ([asked] if asked else usual)):
+        missing = f"the compiler {variable}={asked}" if asked else f"a compiler, {' or '.join(usual)},"
+    elif not header.exists():
+        missing = f"{header} (Debian: python3-dev)"
+    else:
+        return
+    raise Refusal(
+        f"compile=true builds extensions of Python, and {missing} is missing; install it, or set compile: false"
+    )
+
+
+def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:
+    """Facts of the kernel preflight: what will train, and how far it is from the float64 reference.
+
+    Empty where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
+    """
+    if device.type != "cuda" or kernel_used(config) not in ("auto", "triton"):
+        return {}
+    from lazypipe.kernels.gpu.preflight import preflight
+
+    model = config.model
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    result = preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
+    return {"preflight": result.description, "preflight_errors": result.errors, "preflight_bound": result.bound}
+
+
+def kernel_used(config: PretrainConfig) -> str:
+    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (peers), or torch."""
+    if _has_lazy_kernel(config):
+        return config.kernel
+    if config.model.mixer in PEERS:
+        return PEER_PACKAGE
+    return "sdpa" if config.model.mixer == "standard" else "torch"
+
+
+def _has_lazy_kernel(config: PretrainConfig) -> bool:
+    return config.model.mixer == "lazy" and config.model.lazy_threshold == "relative"

@@ -1,0 +1,77 @@
+"""`pretrain.deterministic`: the same bits from the same run on the same GPU, at the price of some speed.
+
+It is operational like `kernel` and the number of workers: it picks among ways to compute the same thing. On a CPU a run
+repeats itself bit for bit with and without it, and Lazy Attention's kernels have no reduction without a fixed order on
+any device; on CUDA torch's own operations (embedding gradients, cuBLAS with several streams, attention's backward pass)
+may differ from run to run unless they are told not to.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+import torch
+
+from lazypipe.model.config import PEERS
+from lazypipe.stages.contract import Artifact, Context, Outputs, Refusal
+from lazypipe.stages.pretrain.config import PretrainConfig
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_SETTINGS = (":4096:8", ":16:8")  # those with which cuBLAS promises to repeat itself
+
+Run = Callable[[PretrainConfig, Mapping[str, Artifact], Context], Outputs]
+
+
+def deterministic_if_asked(run: Run) -> Run:
+    """The stage's `run`, inside `determinism` when its config says deterministic."""
+
+    @functools.wraps(run)
+    def wrapped(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+        if not config.deterministic:
+            return run(config, inputs, context)
+        if torch.cuda.is_available():
+            prepare_cublas(os.environ, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        if config.model.mixer in PEERS:
+            warnings.warn(
+                f"deterministic=true: whether the kernels of mixer={config.model.mixer} repeat themselves is up to "
+                "flash-linear-attention",
+                stacklevel=2,
+            )
+        with determinism():
+            return run(config, inputs, context)
+
+    return wrapped
+
+
+@contextmanager
+def determinism() -> Iterator[None]:
+    """torch raises where an operation cannot repeat itself; the settings are put back afterwards."""
+    algorithms, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+
+
+def prepare_cublas(environment: MutableMapping[str, str], initialized: bool) -> None:
+    """Give cuBLAS the workspace with which it repeats itself; Refusal when it is too late or set to another."""
+    found = environment.get(CUBLAS)
+    if found in CUBLAS_SETTINGS:
+        return
+    if found is not None or initialized:
+        state = f"is {found!r}" if found is not None else "is not set, and this process uses CUDA already"
+        raise Refusal(
+            f"deterministic=true: {CUBLAS} {state}; start with {CUBLAS}=:4096:8 in the environment, or set "
+            "deterministic: false"
+        )
+    environment[CUBLAS] = CUBLAS_SETTINGS[0]

@@ -1,0 +1,52 @@
+"""AdamW, and which parameters decay."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lazypipe.stages.pretrain.config import PretrainConfig
+
+TAU_AND_BIAS = (".mixer.tau", ".mixer.bias")  # of Lazy Attention, whose blocks may stand beside standard attention only
+
+
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over all parameters: matrices decay; norms and numbers per head do not.
+
+    tau and the distance bias of Lazy Attention are a group of their own where their rate is another one.
+
+    fused updates a tensor in one pass: 1.0 ms a step against 3.5 (foreach) and 3.2 (a loop), 1.07 M parameters, CPU.
+    But it rounds the last few numbers of a piece of a tensor differently, so that shards would give other bits than the
+    whole: reduction=ordered, which promises the same bits, takes foreach, also with one worker.
+    """
+    fused = config.reduction != "ordered"
+    decayed, others = split_parameters(model)
+    apart = {name: p for name, p in others.items() if config.tau_bias_apart and name.endswith(TAU_AND_BIAS)}
+    rest = [p for name, p in others.items() if name not in apart]
+    groups: list[dict[str, Any]] = [
+        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    if apart:
+        multiplier = {"lr": config.lr * config.tau_bias_lr_multiplier, "lr_multiplier": config.tau_bias_lr_multiplier}
+        groups.append({"params": list(apart.values()), "weight_decay": 0.0, **multiplier})
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=fused, foreach=not fused
+    )
+
+
+def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(those that decay, those that do not) by name: weight matrices and embeddings against norms and
+    what a mechanism learns per head (tau, distance bias, sink logit, sigmoid bias).
+
+    The distance bias [H, W] is a matrix in shape only: decay would pull every distance towards no preference.
+    """
+    decayed = {name: p for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim == 2}
+    others = {name: p for name, p in model.named_parameters() if name not in decayed}
+    return decayed, others
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the rate of this step, times its own multiplier where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_multiplier", 1.0)

@@ -1,0 +1,141 @@
+"""One model on many workers: replicated, or fully sharded (FSDP2), and what differs between the two.
+
+Sharded are the matrices, by rows, block by block; embedding, head and all else that is a matrix outside the blocks form
+a group of their own. What is small stays whole on every worker: norms and what a mechanism learns per head (tau,
+distance bias). So tau [H] may be learned by more workers than heads, and keeps float32 in a bfloat16 run.
+
+bfloat16 is what it is in one process, autocast: the workers send each other the matrices of the blocks in bfloat16,
+which is what autocast would cast them to, and reduce gradients in float32; residual stream, norms and embedding stay
+float32. Sharding therefore changes the order of sums and nothing else, and with reduction=ordered not even that.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from lazypipe.model.transformer import Transformer
+from lazypipe.stages.contract import Context
+from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.pretrain.dtensors import whole
+from lazypipe.stages.pretrain.optimizer import split_parameters
+from lazypipe.stages.pretrain.ordered_sum import OrderedReduceScatter
+
+
+def check_process_group(context: Context) -> None:
+    """RuntimeError unless torch.distributed's default process group has the context's workers, where it has several."""
+    if context.world_size > 1 and (not dist.is_initialized() or dist.get_world_size() != context.world_size):
+        raise RuntimeError(
+            f"world_size={context.world_size}, but torch.distributed's process group is not initialised with as "
+            "many workers; call torch.distributed.init_process_group first"
+        )
+
+
+def place_model(model: Transformer, config: PretrainConfig, device: torch.device, world_size: int) -> Transformer:
+    """`model` on `device`, its matrices sharded over all workers where config.parallel says so.
+
+    A sharded model computes through its own call, `hidden` and `statistics_by_layer`; all workers must make every such
+    call, with or without a batch of their own.
+    """
+    if config.parallel == "fsdp" and world_size > 1:
+        shard_model(model, config, device, world_size)
+    elif config.parallel == "fsdp":
+        warnings.warn("parallel=fsdp has nothing to share out with one worker; the model stays whole", stacklevel=2)
+    return model.to(device)
+
+
+def shard_model(model: Transformer, config: PretrainConfig, device: torch.device, world_size: int) -> None:
+    """`fully_shard` (FSDP2) each block and the rest, over the default process group of `world_size` workers."""
+    mesh = init_device_mesh(device.type, (world_size,))
+    small = set(split_parameters(model)[1].values())
+    low = torch.bfloat16 if config.dtype == "bfloat16" else None
+    # Autocast casts activations where they need it; FSDP casting the input of a block would round the residual stream.
+    blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=blocks, ignored_params=small)
+        register_fsdp_forward_method(block, "statistics")
+    # The rest is needed at the end of the forward pass and at the start of the backward pass: kept between.
+    fully_shard(model, mesh=mesh, mp_policy=rest, ignored_params=small, reshard_after_forward=False)
+    for method in ("hidden", "statistics_by_layer"):
+        register_fsdp_forward_method(model, method)
+    for module in sharded_modules(model):
+        # Losses are divided by the micro-batches of the whole step already.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        if config.reduction == "ordered":
+            reduction = OrderedReduceScatter()
+            module.set_custom_reduce_scatter(reduction)
+            # Where `ordered_reductions` finds it.
+            module.ordered_reduction = reduction  # type: ignore[attr-defined]
+
+
+def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up parameters put together for a forward pass without a backward pass, as validation leaves them.
+
+    Until then `model.parameters()` are those, and not the shards that the optimizer updates.
+    """
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+def communicate_when_last(model: nn.Module, last: bool) -> None:
+    """Before a backward pass: gradients are reduced, and parameters given up, after the step's last one only."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
+    model.set_is_last_backward(last)
+
+
+def ordered_reductions(model: nn.Module) -> list[OrderedReduceScatter]:
+    """The reduce-scatters of a model that was sharded with reduction=ordered, [] of any other."""
+    found = [getattr(module, "ordered_reduction", None) for module in sharded_modules(model)]
+    return [reduction for reduction in found if reduction is not None]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], config: PretrainConfig) -> Tensor:
+    """Euclidean norm [] of all gradients together, over all shards.
+
+    With reduction=ordered from whole gradients, tensor by tensor, as one process takes it; else each worker adds up the
+    squares of its shards.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if config.reduction == "ordered":
+        norms = torch.stack([torch.linalg.vector_norm(whole(gradient)) for gradient in gradients])
+        total: Tensor = torch.linalg.vector_norm(norms)
+        return total
+    squares = torch.nn.utils.get_total_norm([g.to_local() for g in sharded], foreach=True).square()
+    dist.all_reduce(squares)
+    others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if others:
+        squares += torch.nn.utils.get_total_norm(others, foreach=True).square()
+    return squares.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients, in place, so that their norm, which is `norm` [], is at most max_norm."""
+    parameters = list(parameters)
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        return
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ has it
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)

@@ -1,0 +1,44 @@
+"""Preflight: passes what is right, refuses what is not, and says why."""
+
+import logging
+
+import pytest
+import torch
+
+import lazypipe.kernels.gpu.preflight
+from lazypipe.kernels.gpu.preflight import BOUNDS, preflight
+
+
+def test_blockwise_passes(caplog, monkeypatch):
+    # MLflow's migrations, run by an earlier test of the same process, switch existing loggers off.
+    monkeypatch.setattr(lazypipe.kernels.gpu.preflight.log, "disabled", False)
+    with caplog.at_level(logging.INFO):
+        found = preflight(3, 1, 16, 40, torch.float32, device="cpu", backend="blockwise")
+    assert max(found.errors.values()) <= found.bound
+    assert "head_dim 16" in caplog.text
+
+
+def test_triton_passes_and_names_its_tiles(monkeypatch):
+    monkeypatch.setattr(lazypipe.kernels.gpu.preflight, "LENGTH", 140)  # the interpreter is slow
+    found = preflight(1, 1, 16, 40, torch.bfloat16, device="cpu")
+    assert max(found.errors.values()) <= BOUNDS[torch.bfloat16]
+    assert "triton" in found.description
+    assert "forward" in found.description
+
+
+@pytest.mark.parametrize("spoil", [1.01, float("nan")])
+def test_a_wrong_kernel_is_refused(monkeypatch, spoil):
+    true = lazypipe.kernels.gpu.preflight.lazy_attention
+
+    def wrong(*args, **options):
+        out = true(*args, **options)
+        return out * spoil if options["backend"] == "blockwise" else out
+
+    monkeypatch.setattr(lazypipe.kernels.gpu.preflight, "lazy_attention", wrong)
+    with pytest.raises(RuntimeError, match=r"out of backend 'blockwise' is off by .* do not train"):
+        preflight(2, 2, 16, 40, torch.float32, device="cpu", backend="blockwise")
+
+
+def test_a_dtype_the_kernels_do_not_take():
+    with pytest.raises(ValueError, match=r"dtype is torch.float64; expected"):
+        preflight(1, 1, 16, 8, torch.float64, device="cpu")

@@ -1,0 +1,69 @@
+"""The training benchmark: the same training on all sides, an interval that holds what it says, a table and JSON."""
+
+import json
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+
+from lazypipe.pipeline.bench import pretrain as pretrain_bench
+from lazypipe.pipeline.bench.pretrain import interval_rank, main, ratio
+from lazypipe.stages.contract import Refusal
+
+TINY = ["--turns", "2", "--steps", "2", "--hidden-size", "32", "--num-layers", "1", "--num-heads", "2"]
+TINY += ["--seq-len", "16", "--tokens-per-step", "64", "--micro-batch-size", "2", "--vocab-size", "61"]
+
+
+def test_all_contestants_train_the_same_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--mixer", "lazy", "--clock", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["mixer"] for row in found["rows"]] == ["lazy"]
+    assert {"torch", "transformers", "accelerate", "python"} == found["versions"].keys()
+    for row in found["rows"]:
+        assert (row["turns"], row["steps_per_turn"]) == (2, 2)
+        assert row["tokens_per_s"].keys() == {"ours", "bare", "trainer"}
+        assert row["largest_loss_difference"] == 0  # not nearly the same training: the same
+        assert all(
+            0 < numbers["low"] <= numbers["median"] <= numbers["high"] for numbers in row["ratio_of_ours"].values()
+        )
+        assert 0 < row["data_wait"] < 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "ours / bare (95 %)" in lines[0] and lines[1].startswith("lazy")
+
+
+def test_loops_that_train_different_things_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = pretrain_bench.bare_loop
+
+    def other(config: object, *arguments: object) -> object:
+        return honest(config.model_copy(update={"seed": 5}), *arguments)  # type: ignore[attr-defined, arg-type]
+
+    monkeypatch.setattr(pretrain_bench, "bare_loop", other)
+    with pytest.raises(RuntimeError, match="the loops train different things"):
+        main([*TINY, "--no-trainer"])
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
+    """Ranks worked out by hand from binomial sums, and coverage over 4000 samples of a skewed distribution."""
+    assert [interval_rank(count) for count in (2, 6, 9, 10, 12, 20)] == [1, 1, 2, 2, 3, 6]
+    rng, held = random.Random(0), 0
+    for _ in range(4000):
+        found = ratio([rng.expovariate(1.0) for _ in range(10)], [1.0] * 10)
+        held += found["low"] <= 0.6931 <= found["high"]
+    assert 0.97 < held / 4000 < 0.99  # 97.85 % for 10 values: the ranks are whole numbers
+    twice = ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0])
+    assert twice == {"median": statistics.median([2, 2, 3]), "low": 2.0, "high": 3.0, "all": [2.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--turns", "0"], "--turns 0: must be at least 1"),
+        (["--json", "/nowhere/rows.json"], "/nowhere is no folder"),
+        (["--mixer", "attention"], "--mixer attention"),
+        (["--tokens-per-step", "65"], "tokens_per_step=65 is not a multiple"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        main([*TINY, *arguments])
