@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,peers]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,baselines]"
 	touch $@
 
 install: $(VENV)/.installed

@@ -1,6 +1,6 @@
 """Recurrent and linear models to compare with, built from flash-linear-attention's Hugging Face classes by name.
 
-A peer is a whole model, not a mixer: its blocks are the package's, with the proportions its authors published. Its size
+A baseline is a whole model, not a mixer: its blocks are the package's, with the proportions its authors published. Size
 follows from the model it stands beside, the standard transformer of the same ModelConfig: as wide, as many heads, and
 per block as many parameters, to the nearest 8 columns of its MLP; mamba2, which has no MLP, takes as many blocks as
 come closest. Embedding and head are ours, so tying, initialisation and checkpoints are those of every other model.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lazypipe.model.cache import DecodingState
-from lazypipe.model.config import PEERS, ModelConfig, parameter_count
+from lazypipe.model.config import BASELINES, ModelConfig, parameter_count
 from lazypipe.model.initialisation import fill_normal
 from lazypipe.model.layers import Embedding, Linear
 from lazypipe.model.packing import Documents
@@ -37,19 +37,19 @@ CLASSES = {
 }
 
 
-class PeerError(ValueError):
-    """A peer that cannot be had here: names it, what is missing and what to do."""
+class BaselineError(ValueError):
+    """A baseline that cannot be had here: names it, what is missing and what to do."""
 
 
 @dataclass
-class PeerState(DecodingState):
+class BaselineState(DecodingState):
     """The package's own decoding state."""
 
     past: Any = None
 
 
-class PeerModel(Transformer):
-    """A peer behind the interface of `Transformer`: logits, decoding, checkpoints. It has no attention weights."""
+class BaselineModel(Transformer):
+    """A baseline behind the interface of `Transformer`: logits, decoding, checkpoints. It has no attention weights."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0) -> None:
         nn.Module.__init__(self)
@@ -76,17 +76,17 @@ class PeerModel(Transformer):
 
         cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.
 
-        Raises PeerError where the peer cannot compute, and for documents that it cannot keep apart (mamba2), ValueError
+        Raises BaselineError where it cannot compute, and for documents that it cannot keep apart (mamba2), ValueError
         for cu_seqlens that do not fit.
         """
-        check_peer(self.config, tokens.device)
-        assert cache is None or isinstance(cache, PeerState)
+        check_baseline(self.config, tokens.device)
+        assert cache is None or isinstance(cache, BaselineState)
         past: dict[str, Any] = {"use_cache": False}
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
             if self.config.mixer == "mamba2":
-                raise PeerError(
+                raise BaselineError(
                     "mixer=mamba2 cannot keep packed documents apart: the package carries its state across borders; "
                     "give it documents one by one, or leave cu_seqlens out"
                 )
@@ -103,8 +103,8 @@ class PeerModel(Transformer):
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def new_cache(self, max_tokens: int) -> PeerState:
-        return PeerState([], max_tokens)
+    def new_cache(self, max_tokens: int) -> BaselineState:
+        return BaselineState([], max_tokens)
 
     def attention_rows(
         self,
@@ -120,18 +120,18 @@ class PeerModel(Transformer):
 
 
 def build_model(config: ModelConfig, vocab_size: int, seed: int = 0, kernel: str = "auto") -> Transformer:
-    """The model of `config`, initialised from `seed`: a `Transformer`, or a peer. PeerError without the package."""
-    if config.mixer in PEERS:
-        return PeerModel(config, vocab_size, seed)
+    """The model of `config`, initialised from `seed`: a `Transformer`, or a baseline. BaselineError without package."""
+    if config.mixer in BASELINES:
+        return BaselineModel(config, vocab_size, seed)
     return Transformer(config, vocab_size, seed, kernel)
 
 
-def check_peer(config: ModelConfig, device: torch.device) -> None:
-    """Raise PeerError when `config` is a peer whose package is missing, or that cannot compute on `device`."""
+def check_baseline(config: ModelConfig, device: torch.device) -> None:
+    """Raise BaselineError when `config` is a baseline whose package is missing, or that cannot compute on `device`."""
     if config.missing_package is not None:
-        raise PeerError(config.missing_package)
-    if config.mixer in PEERS and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise PeerError(
+        raise BaselineError(config.missing_package)
+    if config.mixer in BASELINES and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BaselineError(
             f"mixer={config.mixer} computes with CUDA kernels of flash-linear-attention, and this is a {device.type} "
             "device; run it on a machine with an NVIDIA GPU (resources.pretrain.gpus_per_worker: 1, "
             "resources.evaluate.gpus: 1), or choose another mixer"
@@ -141,7 +141,7 @@ def check_peer(config: ModelConfig, device: torch.device) -> None:
 def build_backbone(config: ModelConfig) -> nn.Module:
     """The package's model without embedding and head, randomly initialised with its own rules."""
     if config.missing_package is not None:
-        raise PeerError(config.missing_package)
+        raise BaselineError(config.missing_package)
     backbone = _backbone(config.mixer, matched_settings(config))
     backbone.register_module("embeddings", None)  # ours is used
     return backbone

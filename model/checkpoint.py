@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lazypipe.model.baselines import PeerModel
-from lazypipe.model.config import PEERS, ModelConfig
+from lazypipe.model.baselines import BaselineModel
+from lazypipe.model.config import BASELINES, ModelConfig
 from lazypipe.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -69,8 +69,8 @@ def save_checkpoint(
 def load_checkpoint(directory: Path, device: torch.device | str = "cpu", kernel: str = "auto") -> Checkpoint:
     """The model in `directory`, on `device`, in eval mode. kernel: backend of Lazy Attention.
 
-    Raises CheckpointError when a file is missing or unreadable, or the weights do not fit the configuration; PeerError
-    for a peer without its package.
+    Raises CheckpointError when a file is missing or unreadable, or weights do not fit the configuration; BaselineError
+    for a baseline without its package.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
@@ -88,8 +88,8 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu", kernel:
         weights = load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is not a readable safetensors file: {error}") from error
-    if config.mixer in PEERS:  # they hold tensors that are in no checkpoint, so they have to be made
-        model: Transformer = PeerModel(config, vocab_size)
+    if config.mixer in BASELINES:  # they hold tensors that are in no checkpoint, so they have to be made
+        model: Transformer = BaselineModel(config, vocab_size)
     else:
         with torch.device("meta"):
             model = Transformer(config, vocab_size, kernel=kernel)

@@ -49,8 +49,8 @@ MixerName = Literal[
 ]
 
 # Whole models of the package flash-linear-attention, imported as `fla`; see model/baselines.py.
-PEER_PACKAGE = "fla"
-PEERS: dict[str, str] = {
+BASELINE_PACKAGE = "fla"
+BASELINES: dict[str, str] = {
     "retnet": "retention: linear attention with a fixed decay per head (Sun et al. 2023, arXiv 2307.08621)",
     "mamba2": "state space duality, no MLP (Dao and Gu 2024, arXiv 2405.21060)",
     "gla": "gated linear attention (Yang et al. 2023, arXiv 2312.06635)",
@@ -59,8 +59,8 @@ PEERS: dict[str, str] = {
     "forgetting_transformer": "softmax attention with a forget gate (Lin et al. 2025, arXiv 2503.02130)",
 }
 
-PeerName = Literal["retnet", "mamba2", "gla", "delta_net", "gated_deltanet", "forgetting_transformer"]
-AnyMixer = Literal[MixerName, PeerName]
+BaselineName = Literal["retnet", "mamba2", "gla", "delta_net", "gated_deltanet", "forgetting_transformer"]
+AnyMixer = Literal[MixerName, BaselineName]
 
 WITHOUT_ATTENTION: frozenset[str] = frozenset({"mlp"})  # mixers that have no attention weights to analyse
 WITH_SIDE_SEQUENCE = frozenset({"random_qk", "text_qk"})  # mixers that read a side sequence of max_seq_len positions
@@ -82,7 +82,7 @@ class ModelConfig(BaseModel):
         None, gt=0, description="width of the SwiGLU MLP; default: 8/3 hidden_size rounded up to a multiple of 32"
     )
     max_seq_len: int = Field(256, gt=0, description="context length in tokens the model is meant for")
-    mixer: AnyMixer = Field("standard", description="token mixer, or a peer; `lazypipe variants` lists them")
+    mixer: AnyMixer = Field("standard", description="token mixer, or a baseline; `lazypipe variants` lists them")
     pattern: Pattern = Field(
         "uniform",
         description="layers that keep standard attention instead of the mixer: a name, or a list counted from 1",
@@ -148,11 +148,11 @@ class ModelConfig(BaseModel):
                 "gradient would ever come back; set tau_init above -1, "
                 f"e.g. {-1 / self.max_seq_len:.2g} (-1 / max_seq_len)"
             )
-        if self.mixer in PEERS:
-            self._check_peer()
+        if self.mixer in BASELINES:
+            self._check_baseline()
         return self
 
-    def _check_peer(self) -> None:
+    def _check_baseline(self) -> None:
         grouped = self.kv_heads != self.num_heads
         found = {"pattern": self.pattern != "uniform", "num_kv_heads": grouped, "qk_norm": self.qk_norm}
         for name, wrong in found.items():
@@ -177,7 +177,7 @@ class ModelConfig(BaseModel):
 
     @property
     def layer_mixers(self) -> tuple[AnyMixer, ...]:
-        """The mixer of each layer, from the first; of a peer its name for each."""
+        """The mixer of each layer, from the first; of a baseline its name for each."""
         kept = standard_layers(self.pattern, self.num_layers)
         return tuple("standard" if layer in kept else self.mixer for layer in range(1, self.num_layers + 1))
 
@@ -193,11 +193,11 @@ class ModelConfig(BaseModel):
     @property
     def missing_package(self) -> str | None:
         """Why this machine cannot build the model, as a sentence; None when it can. Imports no package."""
-        if self.mixer not in PEERS or importlib.util.find_spec(PEER_PACKAGE) is not None:
+        if self.mixer not in BASELINES or importlib.util.find_spec(BASELINE_PACKAGE) is not None:
             return None
         return (
             f"mixer={self.mixer} is a model of the package flash-linear-attention, which is not installed; "
-            "install it with: pip install 'lazypipe[peers]' -c constraints.txt"
+            "install it with: pip install 'lazypipe[baselines]' -c constraints.txt"
         )
 
     @property
@@ -219,7 +219,7 @@ class ModelConfig(BaseModel):
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     """Number of parameters of `Transformer(config, vocab_size)`. A tied embedding counts once.
 
-    Of a peer: that of the standard model it is matched to.
+    Of a baseline: that of the standard model it is matched to.
     """
     hidden = config.hidden_size
     mixers = sum(_mixer_parameters(config, mixer) for mixer in config.layer_mixers)

@@ -1,4 +1,4 @@
-"""The command line. Parses, calls one function per command, and turns a Refusal into `error: ...` and exit code 2."""
+"""The command line. Parses, calls one function per command, and turns a UserError into `error: ...` and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 app = typer.Typer(
     name="lazypipe",
@@ -72,7 +72,7 @@ def run(
     from lazypipe.pipeline.planning.plan import Selection
 
     if local and address is not None:
-        raise Refusal("--local and --address exclude each other: one process without Ray, or a Ray cluster")
+        raise UserError("--local and --address exclude each other: one process without Ray, or a Ray cluster")
     experiment = load_experiment(config, overrides or ())
     options = RunOptions(
         Selection(tuple(only or ()), tuple(start or ()), tuple(force or ())), local, root, address, wait=not no_wait
@@ -205,7 +205,7 @@ def variants(
     sizes: Annotated[bool, typer.Option("--sizes", help="the papers' model sizes and their parameter counts")] = False,
 ) -> None:
     """The attention mechanisms and layer patterns an experiment file can name; with --sizes the papers' models."""
-    from lazypipe.model.config import MIXERS, PEERS
+    from lazypipe.model.config import BASELINES, MIXERS
     from lazypipe.model.pattern import PATTERNS
 
     if sizes:
@@ -214,7 +214,7 @@ def variants(
         show_sizes(as_json, console())
         return
     if as_json:
-        print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS, "peers": PEERS}, indent=1))
+        print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS, "baselines": BASELINES}, indent=1))
         return
     print("mixer: what takes the place of attention")
     for name, description in MIXERS.items():
@@ -222,8 +222,8 @@ def variants(
     print("pattern: which layers keep standard attention (or a list of layers, counted from 1)")
     for name, description in PATTERNS.items():
         print(f"  {name:<14} {description}")
-    print("mixer, too: whole models of flash-linear-attention, on CUDA, with the extra `peers`")
-    for name, description in PEERS.items():
+    print("mixer, too: whole models of flash-linear-attention, on CUDA, with the extra `baselines`")
+    for name, description in BASELINES.items():
         print(f"  {name:<22} {description}")
 
 
@@ -296,7 +296,7 @@ def bench(
         console().print(f"Usage: lazypipe bench WHAT [OPTIONS]; WHAT is {', '.join(BENCHMARKS)}", highlight=False)
         return
     if what not in BENCHMARKS:
-        raise Refusal(f"bench {what}: there is no such benchmark{nearest(what, list(BENCHMARKS))}")
+        raise UserError(f"bench {what}: there is no such benchmark{nearest(what, list(BENCHMARKS))}")
     module, function = BENCHMARKS[what]
     raise typer.Exit(getattr(importlib.import_module(module), function)(context.args) or 0)
 
@@ -305,7 +305,7 @@ def main() -> NoReturn:
     """Entry point of `lazypipe` and `python -m lazypipe`."""
     try:
         app()
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

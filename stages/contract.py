@@ -1,7 +1,7 @@
 """The stage contract: `run(config, inputs, context) -> Outputs`.
 
 A stage is a plain function. All it may use from outside is in its `Context`: where to write, how to spread work, how to
-report numbers, pictures and progress, and where its checkpoints live. Everything travels through files below two
+report numbers, figures and progress, and where its checkpoints live. Everything travels through files below two
 directories, so the same stage runs in a unit test, a notebook, a Ray task or four Ray Train workers, and whoever
 watches it (the pipeline's progress display, its MLflow logger) only has to read:
 
@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Refusal(ValueError):  # noqa: N818  (a verdict on the input)
+class UserError(ValueError):
     """Something the user can fix: names the object, the value, what was expected and what to do. Exit code 2."""
 
 

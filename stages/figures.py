@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#8C510A")
-MANY = 6  # more models than this share their pictures with fewer details
+MANY = 6  # more models than this share their figures with fewer details
 MARKERS = ("o", "s", "^", "D")
 GREY = "#777777"
 EXACT_ZERO_COLOUR = "#dedede"
@@ -76,7 +76,7 @@ def series_style(family: int, member: int = 0) -> dict[str, Any]:
 
 
 def height_for(entries: int) -> float:
-    """Inches of a picture whose legend has so many lines."""
+    """Inches of a figure whose legend has so many lines."""
     return max(4.5, 0.4 + 0.2 * entries)
 
 

@@ -21,7 +21,7 @@ import torch
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.transformer import Transformer
 from lazypipe.pipeline.bench.timing import interleaved_medians
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 EOS = "<|endoftext|>"
 TOKENIZER_SIZE = 2048
@@ -33,7 +33,7 @@ def to_llama(model: Transformer) -> Any:
 
     config = model.config
     if set(config.layer_mixers) != {"standard"} or config.qk_norm:
-        raise Refusal(f"mixer={config.mixer}: only a model of standard attention without qk_norm is a Llama")
+        raise UserError(f"mixer={config.mixer}: only a model of standard attention without qk_norm is a Llama")
     llama: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
@@ -161,18 +161,18 @@ def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refusal for the first value out of range."""
+    """UserError for the first value out of range."""
     smallest = dict.fromkeys(("num_layers", "num_heads", "questions", "batch_size", "repeats"), 1)
     asked = {name: getattr(options, name) for name in smallest} | {"vocab_size": min(options.vocab_size)}
     for name, value in asked.items():
         least = smallest.get(name, TOKENIZER_SIZE)
         if value < least:
-            raise Refusal(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     width = 2 * options.num_heads
     if options.hidden_size < 1 or options.hidden_size % width:
-        raise Refusal(f"--hidden-size {options.hidden_size}: must be a multiple of twice --num-heads, {width}")
+        raise UserError(f"--hidden-size {options.hidden_size}: must be a multiple of twice --num-heads, {width}")
     if options.json is not None and not options.json.parent.is_dir():
-        raise Refusal(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+        raise UserError(f"--json {options.json}: {options.json.parent} is no folder; create it first")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     check(options)
     missing = [name for name in ("accelerate", "lm_eval") if importlib.util.find_spec(name) is None]
     if missing:
-        raise Refusal(
+        raise UserError(
             f"bench evaluate: {' and '.join(missing)} missing; install with  python -m pip install -c constraints.txt "
             '-e ".[test]"'
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lazypipe.pipeline.commands.models import checkpoint_folder, load_trained
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,15 +40,15 @@ def bench_generate(argv: Sequence[str]) -> None:
     asked = parse(argv)
     for name in ("prompt_tokens", "new_tokens", "repeats"):
         if getattr(asked, name) < 1:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1")
     if min(asked.batch) < 1:
-        raise Refusal(f"--batch {min(asked.batch)}: must be at least 1")
+        raise UserError(f"--batch {min(asked.batch)}: must be at least 1")
     folder = checkpoint_folder(asked.target, asked.variant, asked.overrides, asked.root)
     checkpoint = load_trained(folder).checkpoint
     model = checkpoint.model
     too_long = model.config.too_long(asked.prompt_tokens + asked.new_tokens)
     if too_long is not None:
-        raise Refusal(f"--prompt-tokens and --new-tokens: {too_long}")
+        raise UserError(f"--prompt-tokens and --new-tokens: {too_long}")
     device = model.embedding.weight.device
     drawn = torch.Generator().manual_seed(0)
     calls: dict[str, list[Callable[[], Any]]] = {}

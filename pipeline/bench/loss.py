@@ -35,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matrix = (0.02 * torch.randn(options.vocab_size, options.channels, generator=generator)).requires_grad_()
     targets = torch.randint(options.vocab_size, (options.tokens,), generator=generator)
     settings = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=options.chunk_tokens)
-    contestants: dict[str, Callable[[], Tensor]] = {
+    loops: dict[str, Callable[[], Tensor]] = {
         "full logits": lambda: losses_of_logits(F.linear(hidden, matrix), targets).objective,
         "chunks": lambda: losses_in_chunks(hidden, matrix, targets, options.chunk_tokens).objective,
         "linear_cross_entropy": lambda: F.linear_cross_entropy(hidden, matrix, targets, options=settings),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(options.repeats + 1):
-        for name, loss in contestants.items():
+        for name, loss in loops.items():
             hidden.grad = matrix.grad = None
             began = time.perf_counter()
             loss().backward()  # type: ignore[no-untyped-call]

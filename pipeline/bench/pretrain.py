@@ -29,7 +29,7 @@ import torch
 from pydantic import ValidationError
 
 from lazypipe.pipeline.bench.pretrain_loops import bare_loop, compute_device, random_corpus, synchronise, trainer_loop
-from lazypipe.stages.contract import Context, Refusal
+from lazypipe.stages.contract import Context, UserError
 from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.pretrain import stage as pretrain
@@ -65,7 +65,7 @@ class TurnsContext(Context):
 def compare(
     config: PretrainConfig, vocab_size: int, turn_steps: int, with_trainer: bool, clock: Clock
 ) -> dict[str, Any]:
-    """Times of all contestants on one config, whose `steps` are the turns' steps together."""
+    """Times of all loops on one config, whose `steps` are the turns' steps together."""
     device = compute_device()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,14 +152,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("turns", "steps", "vocab_size", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise Refusal(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if options.json is not None and not options.json.parent.is_dir():
-        raise Refusal(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+        raise UserError(f"--json {options.json}: {options.json.parent} is no folder; create it first")
     if options.clock == "cpu" and torch.cuda.is_available():
-        raise Refusal("--clock cpu: a GPU computes here, whose time it does not see; leave it out")
+        raise UserError("--clock cpu: a GPU computes here, whose time it does not see; leave it out")
     missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
     if missing and not options.no_trainer:
-        raise Refusal(
+        raise UserError(
             f"bench pretrain: {' and '.join(missing)} missing; give --no-trainer, or install with  python -m pip "
             'install -c constraints.txt -e ".[test]"'
         )
@@ -177,7 +177,7 @@ def config_of(options: argparse.Namespace, mixer: str) -> PretrainConfig:
     try:
         return PretrainConfig.model_validate({**fields, **intervals, "steps": steps})
     except ValidationError as error:
-        raise Refusal(f"--mixer {mixer}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        raise UserError(f"--mixer {mixer}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
 
 def main(arguments: Sequence[str]) -> int:

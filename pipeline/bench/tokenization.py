@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lazypipe.pipeline.bench.memory_watch import MemoryWatch
-from lazypipe.stages.contract import Context, Refusal, file_sha256
+from lazypipe.stages.contract import Context, UserError, file_sha256
 from lazypipe.stages.data.source_files import embedded_paths
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.encode import Coder
@@ -206,7 +206,7 @@ class Ours:
 
 
 def throughput(options: argparse.Namespace, folder: Path, map_function: MapFunction) -> dict[str, Any]:
-    """MB/s of text by contestant: medians of interleaved rounds, and ours over the others."""
+    """MB/s of text by loop: medians of interleaved rounds, and ours over the others."""
     corpus, tokenizer_json = folder / "corpus.jsonl", folder / "tokenizer.json"
     size = write_corpus(corpus, options.megabytes)
     train_tokenizer(documents(), options.vocab_size).save(str(tokenizer_json))
@@ -232,7 +232,7 @@ def throughput(options: argparse.Namespace, folder: Path, map_function: MapFunct
 
         counts = {ours.encode()[0], raw_threads()[0], raw_processes()[0]}  # which starts and warms everything, too
         if len(counts) != 1:
-            raise RuntimeError(f"the contestants disagree about the number of tokens: {sorted(counts)}")
+            raise RuntimeError(f"the loops disagree about the number of tokens: {sorted(counts)}")
         kinds = {"datasets": False, "customary": True} if find_spec("transformers") else {"datasets": False}
         for customary in kinds.values():
             with_datasets(customary)
@@ -284,7 +284,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--megabytes", type=float, default=24, help="text to encode in each round")
     parser.add_argument("--vocab-size", type=int, default=16_384)
-    parser.add_argument("--processes", type=int, default=2, help="workers of every contestant")
+    parser.add_argument("--processes", type=int, default=2, help="workers of every loop")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--memory", type=float, nargs="+", metavar="MB", help="peak memory of the stage on so much text instead"
@@ -293,11 +293,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name, least in (("megabytes", 1), ("vocab_size", 257), ("processes", 1), ("repeats", 1)):
         if getattr(options, name) < least:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
     if options.memory is not None and min(options.memory) < 1:
-        raise Refusal(f"--memory {min(options.memory):g}: must be at least 1")
+        raise UserError(f"--memory {min(options.memory):g}: must be at least 1")
     if options.json is not None and not options.json.parent.is_dir():
-        raise Refusal(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+        raise UserError(f"--json {options.json}: {options.json.parent} is no folder; create it first")
     return options
 
 

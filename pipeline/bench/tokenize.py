@@ -17,7 +17,7 @@ def bench_tokenize(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (15 by default: no contestant is to be nicer)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (15 by default: no loop is to be nicer)
     os.environ.pop("RAY_ADDRESS", None)
     began = time.perf_counter()
     import ray

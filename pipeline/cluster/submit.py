@@ -28,7 +28,7 @@ from rich.console import Console
 
 from lazypipe.pipeline.cluster.package import EXPERIMENT_FILE, START_SCRIPT_FILE, write_job_package
 from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, source_files, task_files
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 
 PROBE_TIMEOUT_S = 3.0
 AGENT_DEADLINE_S = 60.0  # after `ray start` the head's agent needs 5 to 20 s before it takes jobs
@@ -48,7 +48,7 @@ def submit_job(
 ) -> int:
     """Submit an experiment file. Returns 0 once it is accepted, or with `follow` the exit code of the job.
 
-    Raises Refusal for a bad experiment, address or token, before anything is uploaded.
+    Raises UserError for a bad experiment, address or token, before anything is uploaded.
     """
     experiment = load_experiment(config, overrides)
     url = dashboard_url(address)
@@ -81,14 +81,14 @@ def dashboard_url(address: str) -> str:
     """The address of a Ray dashboard, without a trailing slash; anything else is refused."""
     address = address.strip().rstrip("/")
     if not address:
-        raise Refusal("--address is missing: the URL of the cluster's Ray dashboard, such as http://127.0.0.1:8265")
+        raise UserError("--address is missing: the URL of the cluster's Ray dashboard, such as http://127.0.0.1:8265")
     try:
         parts = urlsplit(address)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
     if not good:
-        raise Refusal(
+        raise UserError(
             f"--address {address!r}: expected the URL of the cluster's Ray dashboard, such as http://127.0.0.1:8265"
         )
     return address
@@ -133,12 +133,12 @@ def _cluster_path(path: str) -> str:
 def _check_tracking_uri(uri: str) -> None:
     parts = urlsplit(uri)
     if parts.scheme in ("", "file") or (parts.scheme == "sqlite" and not uri.startswith("sqlite:////")):
-        raise Refusal(
+        raise UserError(
             f"MLFLOW_TRACKING_URI {uri!r} would lie in the job's temporary directory; name a server (http://host:port) "
             "or an absolute path on the cluster (sqlite:////path/mlflow.db), or unset it for the cluster's own"
         )
     if parts.password is not None:
-        raise Refusal(
+        raise UserError(
             "MLFLOW_TRACKING_URI holds a password, and a job's environment is shown in the dashboard; leave it out and "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
         )
@@ -154,13 +154,13 @@ def _probe_dashboard(url: str) -> None:
             return
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
-            raise Refusal(
+            raise UserError(
                 f"{url} is no Ray dashboard: HTTP {error.code} to /api/version; give its URL as --address"
             ) from error
         if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-            raise Refusal(f"Ray cluster at {url} asks for a token; {TOKEN_HINT}") from error
+            raise UserError(f"Ray cluster at {url} asks for a token; {TOKEN_HINT}") from error
     except (OSError, ValueError) as error:
-        raise Refusal(
+        raise UserError(
             f"Ray cluster at {url} is unreachable: {getattr(error, 'reason', error)}; start it (ray start --head), or "
             "correct --address (the dashboard's URL; from outside the cluster, tunnel its port)"
         ) from error
@@ -177,9 +177,9 @@ def _connect(url: str) -> Any:
     try:
         return JobSubmissionClient(url)
     except AuthenticationError as error:
-        raise Refusal(f"Ray cluster at {url}: {first_line(error)}; {TOKEN_HINT}") from error
+        raise UserError(f"Ray cluster at {url}: {first_line(error)}; {TOKEN_HINT}") from error
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise Refusal(f"{url} does not answer as a Ray dashboard: {first_line(error)}") from error
+        raise UserError(f"{url} does not answer as a Ray dashboard: {first_line(error)}") from error
 
 
 def _submit(client: Any, url: str, experiment: Experiment, place: JobPlace, directory: str, console: Console) -> str:
@@ -201,7 +201,7 @@ def _submit(client: Any, url: str, experiment: Experiment, place: JobPlace, dire
             agent_missing = "No available agent" in str(error)
             if not agent_missing or time.monotonic() > deadline:
                 cause = f"no agent after {AGENT_DEADLINE_S:.0f} s" if agent_missing else _last_line(error)
-                raise Refusal(f"Ray cluster at {url} does not take the job: {cause}; see its dashboard") from error
+                raise UserError(f"Ray cluster at {url} does not take the job: {cause}; see its dashboard") from error
         if not waited:
             waited = True
             console.print(f"the cluster's agent is coming up; trying for {AGENT_DEADLINE_S:.0f} s", highlight=False)
@@ -268,17 +268,17 @@ def check_join(address: str) -> None:
     if address == "auto":
         return
     if address.startswith(("http://", "https://")):
-        raise Refusal(
+        raise UserError(
             f"--address {address}: that is a dashboard; {expected}. From outside the cluster: "
             f"lazypipe submit CONFIG --address {address}"
         )
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise Refusal(f"--address {address!r}: {expected}")
+        raise UserError(f"--address {address!r}: {expected}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"Ray cluster at {address} is unreachable: {error}; start it (ray start --head) or correct --address"
         ) from error
 

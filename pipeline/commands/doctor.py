@@ -17,7 +17,7 @@ from rich.text import Text
 from lazypipe.pipeline.execution.execute import RECORDED_VERSIONS
 from lazypipe.pipeline.experiment.schema import resolve_root
 from lazypipe.pipeline.tracking.uri import probe, tracking_uri
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.identity import check_source
 
@@ -60,7 +60,7 @@ def _package(name: str) -> Check:
 def _attempt(name: str, action: Callable[[], str]) -> Check:
     try:
         return (name, True, action())
-    except (Refusal, ImportError) as error:
+    except (UserError, ImportError) as error:
         return (name, False, str(error))
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lazypipe.pipeline.commands.models import checkpoint_folder
 from lazypipe.pipeline.store.store import Generation, read_generation
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 def run_export(
@@ -29,7 +29,7 @@ def run_export(
     try:
         written = export_huggingface(directory, target, force, _origin(_generation_of(directory)))
     except (CheckpointError, ExportError) as error:
-        raise Refusal(str(error)) from error
+        raise UserError(str(error)) from error
     console.print(f"exported {directory} to {written}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"load it with AutoModelForCausalLM.from_pretrained({str(written)!r}, trust_remote_code=True)",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lazypipe.pipeline.commands.models import Trained, checkpoint_folder, load_trained
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 @dataclass(frozen=True)
@@ -27,45 +27,45 @@ class Sampling:
     num_samples: int
 
     def check(self) -> None:
-        """Refusal for the first value out of range."""
+        """UserError for the first value out of range."""
         if self.max_new_tokens < 1:
-            raise Refusal(f"--max-new-tokens {self.max_new_tokens}: ask for at least 1")
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: ask for at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise Refusal(f"--temperature {self.temperature}: must be 0 (the likeliest token) or above")
+            raise UserError(f"--temperature {self.temperature}: must be 0 (the likeliest token) or above")
         if self.top_k is not None and self.top_k < 1:
-            raise Refusal(f"--top-k {self.top_k}: at least 1 token must remain to choose from")
+            raise UserError(f"--top-k {self.top_k}: at least 1 token must remain to choose from")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise Refusal(f"--top-p {self.top_p}: must be above 0 and at most 1")
+            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if self.seed < 0:
-            raise Refusal(f"--seed {self.seed}: must be 0 or above")
+            raise UserError(f"--seed {self.seed}: must be 0 or above")
         if self.num_samples < 1:
-            raise Refusal(f"--num-samples {self.num_samples}: ask for at least 1")
+            raise UserError(f"--num-samples {self.num_samples}: ask for at least 1")
         if self.num_samples > 1 and self.temperature == 0:
-            raise Refusal(f"--num-samples {self.num_samples}: at temperature 0 all are the same; set --temperature")
+            raise UserError(f"--num-samples {self.num_samples}: at temperature 0 all are the same; set --temperature")
 
 
 def read_prompts(arguments: Sequence[str], prompt_file: str | None, unprompted: bool) -> list[str]:
-    """The prompts of the command line, then one per line of the file ('-': standard input); Refusal for empty ones."""
+    """The prompts of the command line, then one per line of the file ('-': standard input); UserError for empty."""
     prompts = list(arguments)
     if prompt_file is not None:
         try:
             text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise Refusal(
+            raise UserError(
                 f"--prompt-file {prompt_file}: {error}; give a UTF-8 text file, one prompt per line"
             ) from None
         prompts += text.removesuffix("\n").split("\n") if text else []  # not at U+2028 or form feeds inside a line
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            raise Refusal(f"prompt {number} is empty; give it some text, or begin a document with --unprompted")
+            raise UserError(f"prompt {number} is empty; give it some text, or begin a document with --unprompted")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
-            raise Refusal(f"prompt {number} is not UTF-8 text: {prompt[:60]!r}") from None
+            raise UserError(f"prompt {number} is not UTF-8 text: {prompt[:60]!r}") from None
     if unprompted:
         prompts.append("")
     if not prompts:
-        raise Refusal("no prompt: give one or more after the checkpoint, --prompt-file FILE (or -), or --unprompted")
+        raise UserError("no prompt: give one or more after the checkpoint, --prompt-file FILE (or -), or --unprompted")
     return prompts
 
 
@@ -102,7 +102,7 @@ def generate_command(
 
 
 def encode(trained: Trained, prompts: Sequence[str], max_new_tokens: int) -> tuple[list[list[int]], int]:
-    """Token ids of the prompts, and how many tokens can follow all of them; Refusal for a prompt that leaves no room.
+    """Token ids of the prompts, and how many tokens can follow all of them; UserError for a prompt that leaves no room.
 
     An empty prompt begins a document, with the end-of-document token.
     """
@@ -112,13 +112,13 @@ def encode(trained: Trained, prompts: Sequence[str], max_new_tokens: int) -> tup
     for number, ids in enumerate(encoded, start=1):
         outside = max(ids)
         if outside >= trained.checkpoint.vocab_size:
-            raise Refusal(
+            raise UserError(
                 f"prompt {number} holds token {outside}, but the model has {trained.checkpoint.vocab_size}: "
                 f"{trained.checkpoint.tokenizer_path} is not the tokenizer it was trained with"
             )
         too_long = config.too_long(len(ids) + 1)
         if too_long is not None:
-            raise Refusal(f"prompt {number} and one new token: {too_long}")
+            raise UserError(f"prompt {number} and one new token: {too_long}")
     longest = max(map(len, encoded))
     if config.too_long(longest + max_new_tokens) is not None:
         max_new_tokens = config.max_seq_len - longest

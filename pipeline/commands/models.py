@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazypipe.model.baselines import PeerError, check_peer
+from lazypipe.model.baselines import BaselineError, check_baseline
 from lazypipe.model.checkpoint import CONFIG_FILE, TOKENIZER_FILE, Checkpoint, CheckpointError, load_checkpoint
 from lazypipe.pipeline.experiment.document import nearest
 from lazypipe.pipeline.experiment.schema import load_experiment, resolve_root
 from lazypipe.pipeline.planning.plan import build_nodes
 from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.store import Store
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class Trained:
 
 
 def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str], root: str | None) -> Path:
-    """The folder of the checkpoint that `target` means; Refusal when there is none.
+    """The folder of the checkpoint that `target` means; UserError when there is none.
 
     A folder is a checkpoint, or holds one as `checkpoint/`, as a pretrain result does. A file is an experiment, whose
     `variant` (needed when there are several) is looked up in the store below `root`.
     """
     if target.is_dir():
         if variant is not None or overrides:
-            raise Refusal(f"{target} is a checkpoint folder: --variant and overrides belong to an experiment file")
+            raise UserError(f"{target} is a checkpoint folder: --variant and overrides belong to an experiment file")
         inside = target / "checkpoint"
         return inside if not (target / CONFIG_FILE).is_file() and inside.is_dir() else target
     if not target.exists():
-        raise Refusal(f"{target} does not exist; give a checkpoint folder, or an experiment file and --variant")
+        raise UserError(f"{target} does not exist; give a checkpoint folder, or an experiment file and --variant")
     experiment = load_experiment(target, overrides)
     names = list(experiment.variants)
     if variant is None and len(names) > 1:
-        raise Refusal(f"{target} has several variants; choose one with --variant: {', '.join(names)}")
+        raise UserError(f"{target} has several variants; choose one with --variant: {', '.join(names)}")
     variant = variant or names[0]
     if variant not in experiment.variants:
-        raise Refusal(f"--variant {variant}: {target} has no such variant{nearest(variant, names)}")
+        raise UserError(f"--variant {variant}: {target} has no such variant{nearest(variant, names)}")
     place = resolve_root(experiment, root)
     sources = inspect_sources(experiment, place, write_cache=False)
     node = build_nodes(sources.experiment, sources.identity, sources.tasks)[f"pretrain/{variant}"]
@@ -57,31 +57,31 @@ def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str
     if damage is None and generation is not None:
         damage = generation.problem()
     if damage is not None:
-        raise Refusal(f"{node.id} is damaged: {damage}; make it again: {again}")
+        raise UserError(f"{node.id} is damaged: {damage}; make it again: {again}")
     if generation is None:
-        raise Refusal(f"{node.id} is not stored below {place}; train it first: {again}")
+        raise UserError(f"{node.id} is not stored below {place}; train it first: {again}")
     return generation.path / "checkpoint"
 
 
 def load_trained(folder: Path) -> Trained:
-    """The model in a checkpoint folder, on the GPU if there is one, and its tokenizer; Refusal naming what is wrong."""
+    """The model in a checkpoint folder, on the GPU if there is one, and its tokenizer; UserError says what is wrong."""
     import torch
     from tokenizers import Tokenizer
 
     if not (folder / TOKENIZER_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-        raise Refusal(
+        raise UserError(
             f"{folder} has no {TOKENIZER_FILE}, so text cannot be turned into its tokens; copy the one of the corpus "
             "it was trained on there"
         )
     try:
         checkpoint = load_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
-        check_peer(checkpoint.model.config, checkpoint.model.embedding.weight.device)
-    except (CheckpointError, PeerError) as error:
-        raise Refusal(str(error)) from error
+        check_baseline(checkpoint.model.config, checkpoint.model.embedding.weight.device)
+    except (CheckpointError, BaselineError) as error:
+        raise UserError(str(error)) from error
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
     except Exception as error:  # the library raises bare Exception
-        raise Refusal(
+        raise UserError(
             f"{checkpoint.tokenizer_path} is not a tokenizer.json of the tokenizers library: {first_line(error)}"
         ) from None
     return Trained(checkpoint, tokenizer)

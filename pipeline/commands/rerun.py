@@ -10,7 +10,7 @@ from typing import Any
 from lazypipe.pipeline.experiment.document import read_document
 from lazypipe.pipeline.tracking.tracker import EXPERIMENT_FILE
 from lazypipe.pipeline.tracking.uri import first_touch
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None, Path]:
@@ -20,7 +20,7 @@ def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None
 
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.exists():
-        raise Refusal(
+        raise UserError(
             f"rerun {run_id}: nothing was ever logged to {uri}; name the root of the run with --root, or set "
             "MLFLOW_TRACKING_URI"
         )
@@ -30,7 +30,7 @@ def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise Refusal(
+        raise UserError(
             f"rerun {run_id}: the tracking server at {uri} knows no such run ({error.message.splitlines()[0]}); "
             "take the id from the MLflow UI or `lazypipe status`, and check MLFLOW_TRACKING_URI and --root"
         ) from error
@@ -38,7 +38,7 @@ def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None
     kind = tags.get("lazypipe.kind")
     parent_id = run_id if kind == "experiment" else tags.get("mlflow.parentRunId")
     if kind not in ("experiment", "stage") or parent_id is None:
-        raise Refusal(f"rerun {run_id}: this MLflow run was not logged by lazypipe")
+        raise UserError(f"rerun {run_id}: this MLflow run was not logged by lazypipe")
     node_id = None
     if kind == "stage":
         node_id = "/".join(part for part in (tags["lazypipe.stage"], tags.get("lazypipe.variant", "")) if part)
@@ -47,5 +47,5 @@ def experiment_of_run(uri: str, run_id: str) -> tuple[dict[str, Any], str | None
         try:
             path = client.download_artifacts(parent_id, EXPERIMENT_FILE, folder)
         except (MlflowException, OSError) as error:
-            raise Refusal(f"rerun {run_id}: its run {parent_id} holds no {EXPERIMENT_FILE} ({error})") from error
+            raise UserError(f"rerun {run_id}: its run {parent_id} holds no {EXPERIMENT_FILE} ({error})") from error
         return read_document(Path(path)), node_id, root

@@ -21,7 +21,7 @@ from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.lease import living_holder
 from lazypipe.pipeline.store.store import Entry, Store
 from lazypipe.stages.config import StageConfig
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 def show_plan(
@@ -41,7 +41,7 @@ def show_plan(
         sources = inspect_sources(experiment, root, write_cache=False)
         nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
         decisions = decide(nodes, store, selection, full_check=verify)
-    except Refusal:
+    except UserError:
         if not as_json:  # the models need no corpus: a hub that cannot be reached does not hide what they cost
             show_costs(cost_rows(experiment, vocabulary(experiment.tokenize, None)), console)
         raise
@@ -92,7 +92,7 @@ def print_config(experiment: Experiment, node_id: str) -> None:
         for stage in ("pretrain", "evaluate", "sparsity"):
             configs[f"{stage}/{name}"] = getattr(variant, stage)
     if node_id not in configs:
-        raise Refusal(f"--print {node_id}: there is no such stage{nearest(node_id, configs)}")
+        raise UserError(f"--print {node_id}: there is no such stage{nearest(node_id, configs)}")
     print(json.dumps(configs[node_id].model_dump(mode="json"), indent=1))
 
 

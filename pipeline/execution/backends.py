@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from lazypipe.pipeline.execution.execute import MapFunction, StageTask, execute_stage, map_in_processes, sigterm_saves
 from lazypipe.pipeline.experiment.schema import Experiment, PretrainResources, StageResources
 from lazypipe.pipeline.planning.plan import Node
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.evaluate.config import EvaluateConfig
 
 
@@ -109,7 +109,7 @@ def demand_of(node: Node, experiment: Experiment, capacity: Capacity) -> Demand:
 
 def _require(what: str, asked: float, present: float, unit: str) -> None:
     if asked > present:
-        raise Refusal(f"{what} {asked:g} {unit} asked for, but {present:g} present; lower it or use a larger cluster")
+        raise UserError(f"{what} {asked:g} {unit} asked for, but {present:g} present; lower it or use a larger cluster")
 
 
 class LocalBackend:
@@ -131,7 +131,7 @@ class LocalBackend:
 
     def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:
         if task.stage == "pretrain" and task.resources.get("workers", 1) != 1:
-            raise Refusal(
+            raise UserError(
                 f"resources.pretrain.workers={task.resources['workers']}: --local trains in one process; "
                 "set it to 1 or leave --local out"
             )
@@ -193,7 +193,7 @@ class RayBackend:
                     log_to_driver=True,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Refusal(
+            raise UserError(
                 f"Ray cluster at {address}: cannot be joined: {first_line(error)}; if it asks for a token, set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error

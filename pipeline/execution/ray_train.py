@@ -19,7 +19,7 @@ from lazypipe.stages.contract import (
     DivergedError,
     Interrupted,
     Outputs,
-    Refusal,
+    UserError,
     first_line,
     write_atomically,
 )
@@ -28,7 +28,7 @@ from lazypipe.stages.pretrain.config import PretrainConfig
 
 RESULT = "result.json"
 # A restart of the group would change nothing about these: the workers end normally and say which it was.
-ENDS = {end.__name__: end for end in (Interrupted, DivergedError, Refusal)}
+ENDS = {end.__name__: end for end in (Interrupted, DivergedError, UserError)}
 
 
 def pretrain_on_workers(

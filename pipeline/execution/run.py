@@ -22,12 +22,12 @@ from lazypipe.pipeline.execution.scheduler import Outcome, Walk
 from lazypipe.pipeline.experiment.schema import Experiment, resolve_root
 from lazypipe.pipeline.planning.fingerprint import canonical
 from lazypipe.pipeline.planning.plan import Plan, Selection, build_nodes, decide
-from lazypipe.pipeline.planning.preflight import check_disk, check_peers, check_root, inspect_sources
+from lazypipe.pipeline.planning.preflight import check_baselines, check_disk, check_root, inspect_sources
 from lazypipe.pipeline.store import lease
 from lazypipe.pipeline.store.store import Generation, Store
 from lazypipe.pipeline.tracking.tracker import Tracker
 from lazypipe.pipeline.tracking.uri import probe, tracking_uri
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.report.table import terminal_rows
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -71,7 +71,7 @@ def run_experiment(experiment: Experiment, options: RunOptions, console: Console
         print_report(plan["report"].generation, root, console)
         return DONE
     if options.address is None:
-        check_peers(plan)
+        check_baselines(plan)
     uri = tracking_uri(root)
     probe(uri)
     check_disk(plan, root, corpus_bytes)
@@ -108,7 +108,7 @@ def _execute(
     workers = experiment.resources.pretrain.workers
     several = experiment.resources.pretrain.worker_range[1] > 1
     if options.local and several and any(nodes[node_id].stage == "pretrain" for node_id in to_run):
-        raise Refusal(
+        raise UserError(
             f"resources.pretrain.workers={workers}: --local trains in one process; set it to 1 or leave --local out"
         )
     store.root.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def start_tracking(
         tracker = Tracker(uri, store.root, experiment, me)
         tracker.start(plan, pipeline_key(plan), me.command, rerun_of)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        raise Refusal(
+        raise UserError(
             f"MLflow at {uri} cannot be used: {type(error).__name__}: {first_line(error)}; correct "
             "MLFLOW_TRACKING_URI, or move a damaged database away (the stage store does not need it)"
         ) from error
@@ -202,7 +202,7 @@ def _refuse_held(plan: Plan, store: Store) -> None:
     for decision in plan.values():
         holder = lease.living_holder(store.entry(decision.node.stage, decision.node.fingerprint).path)
         if decision.action == "run" and holder is not None:
-            raise Refusal(
+            raise UserError(
                 f"{decision.node.id}: {holder.describe()} is executing it now; leave --no-wait out to wait for it"
             )
 
@@ -286,7 +286,7 @@ def print_failures(outcomes: dict[str, Outcome], console: Console) -> int:
     """Print the root causes; 2 when the user can fix all of them, else 1."""
     failed = {i: o for i, o in outcomes.items() if o.state == "failed"}
     for node_id, outcome in failed.items():
-        if isinstance(outcome.error, Refusal):
+        if isinstance(outcome.error, UserError):
             text = f"error: {node_id}: {outcome.error}"
         else:
             tail = "\n".join(outcome.traceback.rstrip().splitlines()[-12:])
@@ -295,4 +295,4 @@ def print_failures(outcomes: dict[str, Outcome], console: Console) -> int:
     blocked = [i for i, o in outcomes.items() if o.state == "blocked"]
     if blocked:
         console.print(f"blocked: {', '.join(blocked)}", highlight=False, markup=False, soft_wrap=True)
-    return USER_ERROR if all(isinstance(o.error, Refusal) for o in failed.values()) else FAILED
+    return USER_ERROR if all(isinstance(o.error, UserError) for o in failed.values()) else FAILED

@@ -25,7 +25,7 @@ from lazypipe.pipeline.store.lease import Heartbeat, Holder, acquire, held_by, r
 from lazypipe.pipeline.store.store import MANIFEST, Generation, Store, read_generation
 from lazypipe.pipeline.tracking.child_run import ChildRun
 from lazypipe.pipeline.tracking.tracker import Tracker
-from lazypipe.stages.contract import Interrupted, Refusal, first_line
+from lazypipe.stages.contract import Interrupted, UserError, first_line
 from lazypipe.stages.evaluate.config import EvaluateConfig
 
 POLL_S = 0.25
@@ -143,7 +143,7 @@ class Walk:
         holder = acquire(entry.path, self.me)
         if holder is not None:
             if not self.wait:
-                held = Refusal(f"{holder.describe()} is executing it now; leave --no-wait out to wait for it")
+                held = UserError(f"{holder.describe()} is executing it now; leave --no-wait out to wait for it")
                 self.outcomes[node.id] = Outcome("failed", error=held)
                 self.display.set(node.id, "failed", str(held))
                 return False
@@ -198,7 +198,7 @@ class Walk:
         self.display.begin(node.id, scratch / "progress.json")
         try:
             self.backend.submit(task, [str(generation.path) for generation in used.values()], demand)
-        except Refusal as refusal:
+        except UserError as refusal:
             self._settle(Finished(node.id, None, refusal))
         except BaseException:
             self._drop(node.id)  # it never ran, or ran here and was interrupted

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 Document = dict[str, Any]
 
@@ -44,12 +44,12 @@ def parse_yaml(text: str, where: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
-        raise Refusal(f"{where}{line}: not valid YAML: {error.problem or error.context}") from error
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from error
     except RecursionError:
-        raise Refusal(f"{where}: nested more than {MAX_DEPTH} levels deep; an experiment needs 4") from None
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep; an experiment needs 4") from None
     # ruamel.yaml lets the errors of its own constructors through, for example for '!!int x' or 5000 digits
     except (YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Refusal(f"{where}: not valid YAML: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"{where}: not valid YAML: {str(error).partition(chr(10))[0]}") from error
     return _plain(value, where)
 
 
@@ -57,7 +57,7 @@ def _plain(value: Any, where: str, path: tuple[str, ...] = ()) -> Any:
     """The value with text keys; what YAML can say and an experiment cannot hold is refused."""
     here = f"{where}: {'.'.join(path)}: " if path else f"{where}: "
     if len(path) > MAX_DEPTH:
-        raise Refusal(
+        raise UserError(
             f"{where}: {'.'.join(path[:3])}...: nested more than {MAX_DEPTH} levels deep, "
             "or an alias (*name) that contains itself"
         )
@@ -66,20 +66,22 @@ def _plain(value: Any, where: str, path: tuple[str, ...] = ()) -> Any:
         for key, item in value.items():
             name = str(key) if isinstance(key, int) and not isinstance(key, bool) else key
             if not isinstance(name, str):
-                raise Refusal(f"{here}the key {key!r} is not text; write it in quotes")
+                raise UserError(f"{here}the key {key!r} is not text; write it in quotes")
             if name in plain:
-                raise Refusal(f"{here}the key {name!r} is given twice, with and without quotes; remove one")
+                raise UserError(f"{here}the key {name!r} is given twice, with and without quotes; remove one")
             plain[name] = _plain(item, where, (*path, name))
         return plain
     if isinstance(value, list):
         return [_plain(item, where, (*path, str(index))) for index, item in enumerate(value)]
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise Refusal(f"{here}{value!r} holds half of a surrogate pair, which is no character; correct the escape")
+        raise UserError(f"{here}{value!r} holds half of a surrogate pair, which is no character; correct the escape")
     if isinstance(value, int) and value.bit_length() > 63:
-        raise Refusal(f"{here}an integer of {value.bit_length()} bits; integers here have at most 63")
+        raise UserError(f"{here}an integer of {value.bit_length()} bits; integers here have at most 63")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise Refusal(f"{here}a YAML {type(value).__name__} has no meaning here; write text, a number, a list or a mapping")
+    raise UserError(
+        f"{here}a YAML {type(value).__name__} has no meaning here; write text, a number, a list or a mapping"
+    )
 
 
 def dump_yaml(document: Document, path: Path) -> None:
@@ -95,25 +97,25 @@ def read_document(path: Path, _children: tuple[Path, ...] = ()) -> Document:
     try:
         resolved = path.expanduser().resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL character, an unknown ~user, a loop of links
-        raise Refusal(f"{str(path)!r}: not the path of an experiment file: {error}") from error
+        raise UserError(f"{str(path)!r}: not the path of an experiment file: {error}") from error
     if resolved in _children:
         chain = " -> ".join(str(p) for p in (*_children, resolved))
-        raise Refusal(f"{path}: 'extends' goes in a circle: {chain}; remove one of them")
+        raise UserError(f"{path}: 'extends' goes in a circle: {chain}; remove one of them")
     try:
         text = resolved.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise Refusal(_missing(path, resolved, _children)) from None
+        raise UserError(_missing(path, resolved, _children)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: cannot be read as a UTF-8 YAML file: {error}") from error
+        raise UserError(f"{path}: cannot be read as a UTF-8 YAML file: {error}") from error
     document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
         kind = "empty" if document is None else f"a {type(document).__name__}"
-        raise Refusal(f"{path}: expected a mapping of sections (name, tokenize, model, variants, ...), found {kind}")
+        raise UserError(f"{path}: expected a mapping of sections (name, tokenize, model, variants, ...), found {kind}")
     parent = document.pop("extends", None)
     if parent is None:
         return document
     if not isinstance(parent, str):
-        raise Refusal(f"{path}: extends: expected the path of one parent file, found {parent!r}")
+        raise UserError(f"{path}: extends: expected the path of one parent file, found {parent!r}")
     parent_path = Path(parent) if parent.startswith("~") else resolved.parent / parent
     return merge(read_document(parent_path, (*_children, resolved)), document)
 
@@ -145,7 +147,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
             continue
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-            raise Refusal(
+            raise UserError(
                 f"override {override!r}: expected key=value such as pretrain.lr=1e-3, or ~key to delete; "
                 "options such as --only start with two dashes"
             )
@@ -157,7 +159,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
             below = here[name]
             if not isinstance(below, dict):
                 above = ".".join(parents[: depth + 1])
-                raise Refusal(
+                raise UserError(
                     f"override {override!r}: {above} is {below!r}, not a mapping; nothing can be set below it"
                 )
             here = below
@@ -168,13 +170,13 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
 def _override_value(override: str, text: str) -> Any:
     try:
         return parse_yaml(text, "value")
-    except Refusal as refusal:
+    except UserError as refusal:
         hint = ""
         if "*" in text:
             hint = (
                 "; a glob that starts with * must be quoted for YAML and the shell: 'tokenize.source.paths=[\"*.txt\"]'"
             )
-        raise Refusal(f"override {override!r}: {refusal}{hint}") from refusal
+        raise UserError(f"override {override!r}: {refusal}{hint}") from refusal
 
 
 def _delete(document: Document, override: str) -> None:
@@ -184,5 +186,5 @@ def _delete(document: Document, override: str) -> None:
         here = here.get(name) if isinstance(here, dict) else None
     if not isinstance(here, dict) or last not in here:
         known = here if isinstance(here, dict) else document
-        raise Refusal(f"override {override!r}: there is no such key to delete{nearest(last, known)}")
+        raise UserError(f"override {override!r}: there is no such key to delete{nearest(last, known)}")
     del here[last]

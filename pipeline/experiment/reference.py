@@ -12,7 +12,8 @@ from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.schema import PretrainResources, StageResources, Storage
 from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig, ProbesConfig
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import ReportConfig, SparsityConfig
+from lazypipe.stages.report.config import ReportConfig
+from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.tokenization.config import (
     EmbeddedSource,
     FilesSource,

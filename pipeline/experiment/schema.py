@@ -17,17 +17,19 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from lazypipe.model.config import PEERS, ModelConfig
+from lazypipe.model.config import BASELINES, ModelConfig
 from lazypipe.pipeline.experiment.document import Document, apply_overrides, nearest, read_document
 from lazypipe.pipeline.experiment.validation import check, check_keys
 from lazypipe.stages.config import StageConfig
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.remote import is_uri
 from lazypipe.stages.data.source_files import looks_like_a_path
+from lazypipe.stages.data.sources import FilesSource, HubSource
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import ReportConfig, SparsityConfig
-from lazypipe.stages.tokenization.config import FilesSource, FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
+from lazypipe.stages.report.config import ReportConfig
+from lazypipe.stages.sparsity.config import SparsityConfig
+from lazypipe.stages.tokenization.config import FileTokenizer, HubTokenizer, TokenizeConfig
 
 
 class Storage(StageConfig):
@@ -136,21 +138,21 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def compose(document: Document) -> Experiment:
-    """Turn a document into a checked Experiment, or raise a Refusal that names the key, the value and the remedy."""
+    """Turn a document into a checked Experiment, or raise a UserError that names the key, the value and the remedy."""
     for key in document:
         if key not in SECTIONS:
-            raise Refusal(f"{key}: unknown section{nearest(str(key), SECTIONS)}")
+            raise UserError(f"{key}: unknown section{nearest(str(key), SECTIONS)}")
     name = document.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise Refusal(f"name: expected letters, digits, '.', '_' or '-', such as 'quickstart', found {name!r}")
+        raise UserError(f"name: expected letters, digits, '.', '_' or '-', such as 'quickstart', found {name!r}")
     seed = document.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise Refusal(f"seed: expected a non-negative integer, found {seed!r}")
+        raise UserError(f"seed: expected a non-negative integer, found {seed!r}")
     document = _absolute_paths(document)
     tokenize = check(TokenizeConfig, _section(document, "tokenize"), "tokenize")
     variants = _section(document, "variants")
     if not variants:
-        raise Refusal("variants: at least one is needed, for example  variants: {lazy: {mixer: lazy}}")
+        raise UserError("variants: at least one is needed, for example  variants: {lazy: {mixer: lazy}}")
     experiment = Experiment(
         name=name,
         seed=seed,
@@ -161,12 +163,12 @@ def compose(document: Document) -> Experiment:
         resources=check(Resources, _section(document, "resources"), "resources"),
         document=document,
     )
-    _refuse_peers_without_gpus(experiment)
+    _refuse_baselines_without_gpus(experiment)
     return experiment
 
 
-def _refuse_peers_without_gpus(experiment: Experiment) -> None:
-    """Peers compute on CUDA only, so an experiment with one asks for GPUs; whether they are there is seen later."""
+def _refuse_baselines_without_gpus(experiment: Experiment) -> None:
+    """Baselines compute on CUDA only, so an experiment with one asks for GPUs; whether they are there is seen later."""
     asked = experiment.resources
     needs = {
         "resources.pretrain.gpus_per_worker": asked.pretrain.gpus_per_worker,
@@ -175,8 +177,8 @@ def _refuse_peers_without_gpus(experiment: Experiment) -> None:
     for name, variant in experiment.variants.items():
         mixer = variant.pretrain.model.mixer
         for key, gpus in needs.items():
-            if mixer in PEERS and gpus == 0:
-                raise Refusal(
+            if mixer in BASELINES and gpus == 0:
+                raise UserError(
                     f"variants.{name}.mixer={mixer} is a model of flash-linear-attention and runs on CUDA GPUs only, "
                     f"but {key} is 0; set it to 1 on a machine or cluster with GPUs, or leave the variant out with "
                     f"~variants.{name}"
@@ -186,15 +188,15 @@ def _refuse_peers_without_gpus(experiment: Experiment) -> None:
 def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
     where = f"variants.{name}"
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise Refusal(f"variants: {name!r} is not a variant's name; use a-z, 0-9 and _, such as 'lazy_128'")
+        raise UserError(f"variants: {name!r} is not a variant's name; use a-z, 0-9 and _, such as 'lazy_128'")
     if fields is None:
         fields = {}
     if not isinstance(fields, dict):
-        raise Refusal(f"{where}: expected a mapping of model and pretrain fields, found {fields!r}")
+        raise UserError(f"{where}: expected a mapping of model and pretrain fields, found {fields!r}")
     model_fields = dict(_section(document, "model"))
     pretrain_fields = dict(_section(document, "pretrain"))
     if "model" in pretrain_fields:
-        raise Refusal("pretrain.model: the model has its own section; move these fields to 'model'")
+        raise UserError("pretrain.model: the model has its own section; move these fields to 'model'")
     evaluate_fields = dict(_section(document, "evaluate"))
     pretrain_fields.setdefault("seed", seed)
     evaluate_fields.setdefault("seed", seed)
@@ -211,13 +213,13 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
             own[f"pretrain.{key}"] = f"{where}.{key}"
         elif key == "evaluate":
             if not isinstance(value, dict):
-                raise Refusal(f"{where}.evaluate: expected a mapping, found {value!r}")
+                raise UserError(f"{where}.evaluate: expected a mapping, found {value!r}")
             check_keys(EvaluateConfig, value, f"{where}.evaluate")
             evaluate_fields.update(value)
             own |= {f"evaluate.{below}": f"{where}.evaluate.{below}" for below in value}
         else:
             known = MODEL_FIELDS | PRETRAIN_FIELDS | {"seed", "evaluate"}
-            raise Refusal(f"{where}.{key}: unknown key{nearest(str(key), known)}")
+            raise UserError(f"{where}.{key}: unknown key{nearest(str(key), known)}")
     model = check(ModelConfig, model_fields, "model", own)
     _keep_ablations_of_hybrids(where, model, evaluate_fields, own)
     pretrain_fields["model"] = model.model_dump(mode="json", exclude_unset=True)
@@ -232,7 +234,7 @@ def _variant(name: str, fields: Any, document: Document, seed: int) -> Variant:
     for key, length in [*lengths, ("sparsity.seq_len", variant.sparsity.seq_len)]:
         too_long = model.too_long(length)
         if too_long is not None:
-            raise Refusal(f"{own.get(key, key)} of {where}: {too_long}")
+            raise UserError(f"{own.get(key, key)} of {where}: {too_long}")
     return variant
 
 
@@ -243,7 +245,7 @@ def _keep_ablations_of_hybrids(where: str, model: ModelConfig, fields: dict[str,
         return
     key = own.get("evaluate.ablations")
     if key is not None:
-        raise Refusal(
+        raise UserError(
             f"{key}: {fields['ablations']} takes out the layers that are not standard, but every layer of {where} is "
             f"{mixers.pop()}; they are for hybrids, a mixer with a pattern, so remove the key"
         )
@@ -255,7 +257,7 @@ def _section(document: Document, key: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise Refusal(f"{key}: expected a mapping, found {value!r}")
+        raise UserError(f"{key}: expected a mapping, found {value!r}")
     return value
 
 
@@ -265,7 +267,7 @@ def _absolute_paths(document: Document) -> Document:
     tokenize = _section(document, "tokenize")
     source, tokenizer = tokenize.get("source"), tokenize.get("tokenizer")
     if isinstance(source, dict) and source.get("kind") == "files" and isinstance(source.get("paths"), str):
-        raise Refusal(f"tokenize.source.paths: expected a list, found {source['paths']!r}; write [{source['paths']}]")
+        raise UserError(f"tokenize.source.paths: expected a list, found {source['paths']!r}; write [{source['paths']}]")
     if isinstance(source, dict) and isinstance(source.get("paths"), list):
         source["paths"] = [_absolute(p) if isinstance(p, str) and not is_uri(p) else p for p in source["paths"]]
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
@@ -310,9 +312,9 @@ def resolve_root(experiment: Experiment | None, root_option: str | None) -> Path
         root = Path(chosen).expanduser().resolve()
         existing = next(p for p in (root, *root.parents) if p.exists())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL character, an unknown ~user, a loop of links
-        raise Refusal(f"the root {chosen!r} is not a usable path: {error}; choose another with --root") from error
+        raise UserError(f"the root {chosen!r} is not a usable path: {error}; choose another with --root") from error
     if not existing.is_dir():
-        raise Refusal(f"the root {str(root)!r} is not a directory: {existing} is a file; choose another with --root")
+        raise UserError(f"the root {str(root)!r} is not a directory: {existing} is a file; choose another with --root")
     return root
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lazypipe.pipeline.experiment.document import nearest
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
@@ -20,7 +20,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 def check(
     model: type[AnyModel], fields: Mapping[str, Any], where: str, own: Mapping[str, str] | None = None
 ) -> AnyModel:
-    """Validate strictly (no '1' for 1, no true for 1); the first mistake becomes a Refusal.
+    """Validate strictly (no '1' for 1, no true for 1); the first mistake becomes a UserError.
 
     `own` maps dotted keys to the place the user wrote them (a variant's flat key instead of the section's).
     """
@@ -34,15 +34,17 @@ def check(
         key = _written_at(where, path, message, own or {})
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         if first["type"] == "missing":
-            raise Refusal(f"{key}: is required and missing{more}") from error
+            raise UserError(f"{key}: is required and missing{more}") from error
         if first["type"] == "union_tag_not_found":
-            raise Refusal(f"{key}.kind: is required and missing; choose one of {_kinds(model, path)}{more}") from error
+            raise UserError(
+                f"{key}.kind: is required and missing; choose one of {_kinds(model, path)}{more}"
+            ) from error
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]["tag"]
-            raise Refusal(f"{key}.kind: {tag!r} is not one of {_kinds(model, path)}{more}") from error
+            raise UserError(f"{key}.kind: {tag!r} is not one of {_kinds(model, path)}{more}") from error
         if first["type"] == "value_error":
-            raise Refusal(f"{key}: {message}{more}") from error
-        raise Refusal(f"{key}: {_in_yaml_terms(first)}, found {first['input']!r}{more}") from error
+            raise UserError(f"{key}: {message}{more}") from error
+        raise UserError(f"{key}: {_in_yaml_terms(first)}, found {first['input']!r}{more}") from error
 
 
 def _written_at(where: str, path: Sequence[str], message: str, own: Mapping[str, str]) -> str:
@@ -83,7 +85,7 @@ def check_keys(model: type[BaseModel], fields: Mapping[str, Any], where: str) ->
     for key, value in fields.items():
         field = model.model_fields.get(str(key))
         if field is None:
-            raise Refusal(f"{where}.{key}: unknown key{nearest(str(key), model.model_fields)}")
+            raise UserError(f"{where}.{key}: unknown key{nearest(str(key), model.model_fields)}")
         if isinstance(value, Mapping):
             below = _nested_model(field.annotation, value)
             if below is not None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from lazypipe.model.config import PEERS, parameter_count
+from lazypipe.model.config import BASELINES, parameter_count
 from lazypipe.model.costs import non_embedding_parameters, training_flops_per_token, training_memory
 from lazypipe.model.sizes import SIZES, size_row
 from lazypipe.pipeline.experiment.schema import Experiment
@@ -134,9 +134,11 @@ def show_costs(rows: list[dict[str, Any]], console: Console) -> None:
         "FLOPs: forward and backward, matrix products, attention over all pairs of a window",
         f"memory: of one training worker, an upper estimate, in {unit}",
     ]
-    peers = [row["variant"] for row in rows if row["mixer"] in PEERS]
-    if peers:
-        lines.append(f"{', '.join(peers)}: the numbers of the standard model that a peer is matched to, not its own")
+    baselines = [row["variant"] for row in rows if row["mixer"] in BASELINES]
+    if baselines:
+        lines.append(
+            f"{', '.join(baselines)}: the numbers of the standard model that a baseline is matched to, not its own"
+        )
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

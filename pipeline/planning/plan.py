@@ -22,7 +22,7 @@ from lazypipe.pipeline.planning.code_version import sources_digest
 from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint, flatten, identity, operational_fields
 from lazypipe.pipeline.store.store import Entry, Generation, Store
 from lazypipe.stages.config import StageConfig
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 FORCED = "forced"  # marks the scratch of a forced execution
 STAGES = ("tokenize", "pretrain", "evaluate", "sparsity", "report")
@@ -113,7 +113,7 @@ def decide(nodes: Mapping[str, Node], store: Store, selection: Selection, full_c
     outside = sorted(asked - wanted)
     if outside:
         only = " ".join(f"--only {name}" for name in selection.only)
-        raise Refusal(f"--force or --from names {outside[0]}, which {only} leaves out; drop one of the two")
+        raise UserError(f"--force or --from names {outside[0]}, which {only} leaves out; drop one of the two")
     plan: Plan = {}
     for node in nodes.values():
         plan[node.id] = _decide_one(node, store, plan, forced, full_check)
@@ -211,7 +211,7 @@ def _select(nodes: Mapping[str, Node], names: Sequence[str], option: str) -> set
         matching = {node.id for node in nodes.values() if name in (node.stage, node.id)}
         if not matching:
             known = [*dict.fromkeys(node.stage for node in nodes.values()), *(i for i in nodes if "/" in i)]
-            raise Refusal(f"{option} {name}: there is no such stage in this experiment{nearest(name, known)}")
+            raise UserError(f"{option} {name}: there is no such stage in this experiment{nearest(name, known)}")
         chosen |= matching
     return chosen
 

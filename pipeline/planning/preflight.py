@@ -13,11 +13,11 @@ from lazypipe.model.config import parameter_count
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.plan import Plan
 from lazypipe.pipeline.store.store import Generation
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.benchmarks.tasks import pin_tasks, tasks_identity
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import SparsityConfig
+from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.identity import SourceSummary, check_source, pin, source_identity
 
@@ -70,11 +70,11 @@ def check_root(root: Path) -> None:
     try:
         existing = next(p for p in (root, *root.parents) if p.exists())
     except OSError as error:
-        raise Refusal(f"the root {root} is not usable: {error.strerror}; choose another with --root") from error
+        raise UserError(f"the root {root} is not usable: {error.strerror}; choose another with --root") from error
     if not existing.is_dir():
-        raise Refusal(f"the root {root} is not usable: {existing} is a file; choose another with --root")
+        raise UserError(f"the root {root} is not usable: {existing} is a file; choose another with --root")
     if not os.access(existing, os.W_OK):
-        raise Refusal(f"the root {root} is not usable: {existing} is not writable; choose another with --root")
+        raise UserError(f"the root {root} is not usable: {existing} is not writable; choose another with --root")
 
 
 def check_lengths(plan: Plan, corpus: Generation) -> None:
@@ -95,19 +95,19 @@ def check_lengths(plan: Plan, corpus: Generation) -> None:
         for key, split, length in needs:
             tokens = splits[split]["tokens"]
             if tokens < length + 1:
-                raise Refusal(
+                raise UserError(
                     f"{decision.node.id}: {key}={length} needs {length + 1} tokens, but the {split} split has "
                     f"{tokens:,}; lower it, give more text, or change tokenize.validation_fraction"
                 )
 
 
-def check_peers(plan: Plan) -> None:
-    """Refuse peers whose package this machine lacks. Where stages run elsewhere, the stage itself refuses."""
+def check_baselines(plan: Plan) -> None:
+    """Refuse baselines whose package this machine lacks. Where stages run elsewhere, the stage itself refuses."""
     for decision in plan.values():
         config = decision.node.config
         missing = config.model.missing_package if isinstance(config, PretrainConfig) else None
         if decision.action == "run" and missing is not None:
-            raise Refusal(f"{decision.node.id}: {missing}")
+            raise UserError(f"{decision.node.id}: {missing}")
 
 
 def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:
@@ -129,7 +129,7 @@ def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:
     existing = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise Refusal(
+        raise UserError(
             f"not enough disk space below {root}: about {_mib(needed)} needed ({', '.join(parts)}, "
             f"reserve {_mib(RESERVE_BYTES)}), {_mib(free)} free; free some, or choose another root with --root"
         )

@@ -171,7 +171,7 @@ class Tracker:
         return parent_id == self.parent_id or _owner_is_dead(self.client.get_run(parent_id).data.tags)
 
     def finish(self, status: str, report: Generation | None) -> None:
-        """Close the parent run; a report's numbers, page and pictures are logged on it."""
+        """Close the parent run; a report's numbers, page and figures are logged on it."""
 
         def close() -> None:
             if report is not None:
@@ -276,7 +276,7 @@ class Tracker:
             self._safely(lambda: log_what_is_new(self.client, child))
 
     def finish_child(self, child: ChildRun, node: Node, generation: Generation) -> None:
-        """Log what a finished stage left: final numbers, corpus, pictures, tables, small files, its checkpoint."""
+        """Log what a finished stage left: final numbers, corpus, figures, tables, small files, its checkpoint."""
 
         def close() -> None:
             final = {k: v for k, v in generation.manifest["metrics"].items() if k not in child.streamed}

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from lazypipe.pipeline.experiment.schema import resolve_root
 from lazypipe.pipeline.tracking.uri import tracking_uri
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 START_TIMEOUT_S = 120.0  # 12 s on two idle cores
 STOP_TIMEOUT_S = 10.0
@@ -25,7 +25,7 @@ STOP_TIMEOUT_S = 10.0
 def serve_ui(root_option: str | None, host: str, port: int) -> int:
     """Serve until Ctrl-C (0) or SIGTERM (143); 1 if the server ends by itself.
 
-    Raises Refusal if there is no database, if MLFLOW_TRACKING_URI names a server, or if the port cannot be had.
+    Raises UserError if there is no database, if MLFLOW_TRACKING_URI names a server, or if the port cannot be had.
     """
     uri = served_uri(root_option)
     check_port(host, port)
@@ -56,23 +56,23 @@ def served_uri(root_option: str | None) -> str:
     root = resolve_root(None, root_option)
     uri = tracking_uri(root)
     if urlsplit(uri).scheme in ("http", "https"):
-        raise Refusal(f"MLFLOW_TRACKING_URI names a server, which has a UI of its own: open {uri} (or unset it)")
+        raise UserError(f"MLFLOW_TRACKING_URI names a server, which has a UI of its own: open {uri} (or unset it)")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise Refusal(f"{uri}: no such database yet; run an experiment first, or name its root with --root")
+        raise UserError(f"{uri}: no such database yet; run an experiment first, or name its root with --root")
     return uri
 
 
 def check_port(host: str, port: int) -> None:
     """Refuse a port that cannot be listened on; MLflow would say so only after ten seconds."""
     if not 0 < port < 65536:
-        raise Refusal(f"--port {port}: expected 1 to 65535")
+        raise UserError(f"--port {port}: expected 1 to 65535")
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(place)
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"--host {host} --port {port}: cannot be listened on: {error.strerror or error}; name another --port"
         ) from error
 

@@ -22,7 +22,7 @@ LOGGED_TABLES = "mlflow.loggedArtifacts"  # the tag MLflow lists a run's tables 
 
 
 def log_files(client: MlflowClient, run_id: str, generation: Generation) -> None:
-    """Pictures, tables, pages and the manifest; what is large or linked stays in the store."""
+    """Figures, tables, pages and the manifest; what is large or linked stays in the store."""
     for name, entry in [*generation.manifest["files"].items(), (MANIFEST, {"size": 0})]:
         if name.endswith(LINKED_SUFFIXES) or entry["size"] > MAX_ARTIFACT_BYTES:
             continue

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 PROBE_TIMEOUT_S = 3.0
 SQLITE_HEADER = b"SQLite format 3\0"
@@ -38,23 +38,23 @@ def probe(uri: str) -> None:
             reason = f"it answered HTTP {error.code} to /health"
         except (OSError, ValueError) as error:
             reason = str(getattr(error, "reason", error))
-        raise Refusal(
+        raise UserError(
             f"MLflow tracking URI {uri} is unreachable: {reason}; start the server, correct MLFLOW_TRACKING_URI, "
             "or unset it to log to a local database"
         )
     if parts.scheme in ("", "file") and uri != "databricks":
-        raise Refusal(
+        raise UserError(
             f"MLflow tracking URI {uri!r} is a file store, which MLflow no longer accepts; "
             "use sqlite:///path/to/mlflow.db or the address of an MLflow server"
         )
     if parts.scheme == "sqlite":
         database = Path(uri.removeprefix("sqlite:///"))
         if database.is_file() and database.stat().st_size and not _starts_with(database, SQLITE_HEADER):
-            raise Refusal(f"MLflow tracking URI {uri}: {database} is not a SQLite database; move it away")
+            raise UserError(f"MLflow tracking URI {uri}: {database} is not a SQLite database; move it away")
         folder = database.parent
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         if not os.access(existing, os.W_OK):
-            raise Refusal(f"MLflow tracking URI {uri}: {existing} is not writable; choose another root or URI")
+            raise UserError(f"MLflow tracking URI {uri}: {existing} is not writable; choose another root or URI")
 
 
 def _starts_with(path: Path, header: bytes) -> bool:

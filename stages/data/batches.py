@@ -13,7 +13,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.shards import TokenShards
 
 _MASK_64 = 2**64 - 1
@@ -96,7 +96,7 @@ def document_borders(windows: npt.NDArray[np.int64], eos_id: int) -> npt.NDArray
 def _require_windows(shards: TokenShards, seq_len: int) -> int:
     windows = count_windows(shards.num_tokens, seq_len)
     if windows == 0:
-        raise Refusal(
+        raise UserError(
             f"the {shards.split_dir.name} split ({shards.split_dir}) holds {shards.num_tokens} tokens, but one window "
             f"of seq_len={seq_len} needs {seq_len + 1}; lower seq_len, give more text, or change "
             "tokenize.validation_fraction"

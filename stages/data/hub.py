@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Context, Interrupted, Refusal
+from lazypipe.stages.contract import Context, Interrupted, UserError
 from lazypipe.stages.data.rows import missing_column
 from lazypipe.stages.data.source_files import SourceFile
+from lazypipe.stages.data.sources import HubSource
 from lazypipe.stages.kept_work import keep, kept, sweep_unfinished, work_key
-from lazypipe.stages.tokenization.config import HubSource
 
 # Rows of one copied file when the dataset is already on disk, and therefore the grain of parallel copying.
 _ROWS_PER_FILE = 65_536
@@ -69,14 +69,14 @@ def resolve_commit(kind: str, name: str, revision: str | None) -> str:
         ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
         commit = ask(name, revision=revision, timeout=10).sha
     except Exception as error:  # network, authorisation, unknown repository: the library has a class for each
-        raise Refusal(
+        raise UserError(
             f"the {kind} {name!r} could not be found at revision {revision or 'main'!r}: asked "
             f"{HfApi().endpoint} and got {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}. Check "
             "the name and the network (HF_ENDPOINT, HF_TOKEN), give a 40-digit commit as revision to plan without "
             "asking, or use a local directory or files"
         ) from None
     if commit is None:
-        raise Refusal(f"the hub names no commit for the {kind} {name!r} at revision {revision or 'main'!r}")
+        raise UserError(f"the hub names no commit for the {kind} {name!r} at revision {revision or 'main'!r}")
     return str(commit)
 
 
@@ -140,13 +140,13 @@ def _load(source: HubSource) -> Any:
         hint = ""
         if source.streaming and "[" in source.split:
             hint = "; a streamed dataset takes whole splits only: use max_documents instead of a slice"
-        raise Refusal(
+        raise UserError(
             f"source.dataset: {source.dataset!r} (config {source.config!r}, split {source.split!r}, "
             f"revision {source.revision!r}) could not be loaded: {type(error).__name__}: {error}{hint}"
         ) from None
     columns = dataset.column_names
     if columns is not None and source.text_column not in columns:
-        raise Refusal(
+        raise UserError(
             f"the dataset {source.dataset!r} lacks the text column {missing_column(source.text_column, columns)}"
         )
     return dataset
@@ -237,14 +237,14 @@ class _PartWriter:
 
 def _text(share: _Share, row: dict[str, Any], number: int) -> str | None:
     if share.column not in row:
-        raise Refusal(
+        raise UserError(
             f"row {number} of the dataset {share.name!r} lacks the text column {missing_column(share.column, row)}"
         )
     text = row[share.column]
     if text is None:
         return None
     if not isinstance(text, str):
-        raise Refusal(
+        raise UserError(
             f"the dataset {share.name!r}: column {share.column!r} holds {str(text)[:60]!r} "
             f"({type(text).__name__}), expected text; set source.text_column"
         )

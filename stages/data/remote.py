@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import quote, unquote
 
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _REMOTE_BUFFER = 4 * 2**20
@@ -61,7 +61,7 @@ def file_name(file: Path | str) -> str:
 
 
 def filesystem_of(uri: str, key: str | None = None) -> tuple[Any, str]:
-    """(pyarrow file system, path in it). Refusal, naming the field `key`, for a URI that holds a password, is malformed
+    """(pyarrow file system, path in it). UserError, naming field `key`, for a URI that holds a password, is malformed
     or of a scheme that pyarrow does not know; OSError when a file system is asked on the way and does not answer.
     """
     from pyarrow import ArrowException
@@ -69,14 +69,14 @@ def filesystem_of(uri: str, key: str | None = None) -> tuple[Any, str]:
 
     field = "" if key is None else f"{key}: "
     if _SECRET.search(uri):
-        raise Refusal(
+        raise UserError(
             f"{field}{_SECRET.sub('://...@', uri)!r} holds a password, and experiment files are stored and logged; "
             "leave it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what the file system reads"
         )
     try:
         return cast("tuple[Any, str]", FileSystem.from_uri(uri))
     except (ArrowException, ValueError) as error:
-        raise Refusal(
+        raise UserError(
             f"{field}{uri!r} cannot be opened: {first_line(error)}. Known are local paths, file://, s3:// and gs:// "
             "(as s3://BUCKET/PATH), and what else pyarrow.fs.FileSystem.from_uri takes"
         ) from None
@@ -85,7 +85,7 @@ def filesystem_of(uri: str, key: str | None = None) -> tuple[Any, str]:
 def matching(pattern: str, key: str) -> list[str]:
     """URIs of the files that a URI or a glob over its path (*, [...], ** for any depth) names, sorted.
 
-    Refusal, naming `key`, when there is none or the file system does not let us look.
+    UserError, naming `key`, when there is none or the file system does not let us look.
     """
     address, mark, query = pattern.partition("?")
     end = f"{mark}{query}"
@@ -95,19 +95,19 @@ def matching(pattern: str, key: str) -> list[str]:
         if not info.is_file:
             what = "is a folder; name its files with a glob such as" if info.type.name == "Directory" else ""
             hint = f"{what} {address.rstrip('/')}/*.jsonl" if what else "does not exist; correct it"
-            raise Refusal(f"{key}: {pattern!r} {hint}")
+            raise UserError(f"{key}: {pattern!r} {hint}")
         return [pattern]
     folder, relative = address[: magic.start()].rpartition("/")[0], address[: magic.start()].rpartition("/")[2]
     relative += address[magic.start() :]
     root, listed = _look(folder + end, key, pattern, below=True)
     if root.type.name == "NotFound":
-        raise Refusal(f"{key}: {pattern!r}: there is no folder {folder!r}; correct it")
+        raise UserError(f"{key}: {pattern!r}: there is no folder {folder!r}; correct it")
     wanted = [unquote(part) for part in relative.split("/")]
     base = root.path.rstrip("/") + "/"
     names = sorted(info.path.removeprefix(base) for info in listed if info.is_file)
     found = [name for name in names if _fits(name.split("/"), wanted)]
     if not found:
-        raise Refusal(
+        raise UserError(
             f"{key}: the glob {pattern!r} matches none of the {len(names)} files below {folder!r}; correct it"
         )
     return [f"{folder}/{quote(name)}{end}" for name in found]
@@ -122,7 +122,7 @@ def _look(uri: str, key: str, pattern: str, below: bool = False) -> tuple[Any, l
         info = filesystem.get_file_info(path)
         listed = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True)) if below else []
     except OSError as error:
-        raise Refusal(unreachable(pattern, key, error)) from None
+        raise UserError(unreachable(pattern, key, error)) from None
     return info, listed
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.data.remote import open_arrow
 from lazypipe.stages.data.source_files import SourceFile, open_text_bytes
 
@@ -28,7 +28,7 @@ def decode_utf8(data: bytes) -> tuple[str, int]:
 def jsonl_rows(file: SourceFile, start: int, end: int | None, column: str) -> Iterator[tuple[bytes, int]]:
     """(text as UTF-8, bytes that were not UTF-8) of each line that begins in bytes [start, end); null is empty text.
 
-    Blank lines are no rows. Refusal, with file:line, for a line that is not an object with text in `column`.
+    Blank lines are no rows. UserError, with file:line, for a line that is not an object with text in `column`.
     """
     with open_text_bytes(file) as stream:
         position = start
@@ -47,18 +47,18 @@ def _text_of_line(line: bytes, column: str, file: SourceFile, position: int) -> 
     try:
         row = json.loads(decoded)
     except ValueError as error:
-        raise Refusal(
+        raise UserError(
             f"{_place(file, position)} is not a JSON object ({error}); a jsonl file holds one object per line"
         ) from None
     if not isinstance(row, dict):
-        raise Refusal(f"{_place(file, position)} is not a JSON object but {decoded.strip()[:60]!r}")
+        raise UserError(f"{_place(file, position)} is not a JSON object but {decoded.strip()[:60]!r}")
     if column not in row:
-        raise Refusal(f"{_place(file, position)} lacks the text column {missing_column(column, row)}")
+        raise UserError(f"{_place(file, position)} lacks the text column {missing_column(column, row)}")
     text = row[column]
     if text is None:
         return b"", invalid
     if not isinstance(text, str):
-        raise Refusal(
+        raise UserError(
             f"{_place(file, position)}: column {column!r} holds {str(text)[:60]!r} ({type(text).__name__}), expected "
             "text; set source.text_column"
         )
@@ -125,7 +125,7 @@ def parquet_row_count(file: SourceFile) -> int:
 
 
 def parquet_text_columns(path: Path | str) -> dict[str, bool]:
-    """Column names of a Parquet file -> whether the column holds text. Refusal when it is no Parquet file."""
+    """Column names of a Parquet file -> whether the column holds text. UserError when it is no Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,7 +133,7 @@ def parquet_text_columns(path: Path | str) -> dict[str, bool]:
         with open_arrow(path) as stream:
             schema = pq.read_schema(stream)
     except (pa.ArrowException, OSError) as error:
-        raise Refusal(f"{str(path)!r} is not a readable Parquet file ({first_line(error)}); write it again") from None
+        raise UserError(f"{str(path)!r} is not a readable Parquet file ({first_line(error)}); write it again") from None
     return {field.name: _is_text(field.type) for field in schema}
 
 

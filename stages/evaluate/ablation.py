@@ -17,7 +17,7 @@ from lazypipe.model.cache import RecurrentState
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.mixers.base import TokenMixer
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.config import Ablation
 
 
@@ -35,10 +35,10 @@ class NoMixer(TokenMixer):
 
 
 def refuse_uniform(config: ModelConfig) -> None:
-    """Refusal for a model without standard layers, of which `skip` leaves nothing, and for one without others."""
+    """UserError for a model without standard layers, of which `skip` leaves nothing, and for one without others."""
     mixers = config.layer_mixers
     if len(set(mixers)) < 2:
-        raise Refusal(
+        raise UserError(
             f"ablations take out the layers that are not standard, but every layer of this model is {mixers[0]}; "
             "evaluate a hybrid (model.pattern), or set ablations: []"
         )
@@ -48,7 +48,7 @@ def refuse_uniform(config: ModelConfig) -> None:
 def ablated(model: Transformer, ablation: Ablation) -> Iterator[Transformer]:
     """The model without its non-standard blocks or mixers while the context lasts; it is whole again afterwards.
 
-    No weight is copied. Refusal as by `refuse_uniform`.
+    No weight is copied. UserError as by `refuse_uniform`.
     """
     refuse_uniform(model.config)
     mixers = model.config.layer_mixers

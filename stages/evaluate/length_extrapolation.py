@@ -24,7 +24,7 @@ import torch
 from lazypipe.model.scoring import LanguageModel, token_losses
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.evaluate import figures as pictures_evaluation
+from lazypipe.stages.evaluate import figures as evaluation_figures
 from lazypipe.stages.evaluate.config import ExtrapolationConfig
 
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ def measure(
     context.progress(total, total, "tokens")
     context.log_table("extrapolation", rows)
     context.log_table("positions", positions)
-    context.log_figure("extrapolation", pictures_evaluation.extrapolation({"": (rows, positions)}, trained_length))
+    context.log_figure("extrapolation", evaluation_figures.extrapolation({"": (rows, positions)}, trained_length))
     return {
         f"extrapolation{'' if row['stride'] == row['context_length'] else '_sliding'}/{row['context_length']}": row[
             "perplexity"

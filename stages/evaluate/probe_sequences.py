@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate.config import PROBES, ProbesConfig
 
@@ -44,11 +44,11 @@ def usable_tokens(shards: TokenShards, bytes_of_token: npt.NDArray[np.int64]) ->
 
 
 def refuse_small_vocabulary(config: ProbesConfig, available: int) -> None:
-    """Refusal when a probe needs more different tokens than there are."""
+    """UserError when a probe needs more different tokens than there are."""
     for kind in config.kinds:
         needed, because = config.distinct_tokens(kind)
         if available < needed:
-            raise Refusal(
+            raise UserError(
                 f"evaluate.probes: {kind} takes {needed} different tokens ({because}), but only {available} stand for "
                 "text and occur in the validation split; ask for less, or leave it out of evaluate.probes.kinds"
             )

@@ -25,7 +25,7 @@ from torch import Tensor
 from lazypipe.model.scoring import LanguageModel, score_rows
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.evaluate import figures as pictures_evaluation
+from lazypipe.stages.evaluate import figures as evaluation_figures
 from lazypipe.stages.evaluate.config import ProbesConfig
 from lazypipe.stages.evaluate.probe_sequences import Ids, Probe, make_probe
 
@@ -60,7 +60,7 @@ def measure(
         rows.append(row(kind, length, depth, model.vocab_size, trained_length, made, scores))
     context.progress(len(cells), len(cells), "probes")
     context.log_table("probes", rows)
-    context.log_figure("probes", pictures_evaluation.probes({"": rows}, trained_length))
+    context.log_figure("probes", evaluation_figures.probes({"": rows}, trained_length))
     return summary(rows)
 
 

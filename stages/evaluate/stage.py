@@ -12,8 +12,8 @@ import torch
 
 from lazypipe.model.checkpoint import Checkpoint
 from lazypipe.model.generate import generate
-from lazypipe.stages.baselines import load_model, refuse_peer
-from lazypipe.stages.contract import Artifact, Context, Outputs, Refusal
+from lazypipe.stages.baselines import load_model, refuse_baseline
+from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
 from lazypipe.stages.data.batches import count_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate import length_extrapolation, perplexity, probes
@@ -29,7 +29,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
 
     Writes tables/continuations and what perplexity.measure, length_extrapolation.measure, probes.measure and
     benchmarks.run_tasks write. Refuses, before any compute, a length for which the split holds no window, probes that
-    take more different tokens than there are, a benchmark that cannot be read, and a peer without its package or a GPU.
+    take more different tokens than there are, a benchmark that cannot be read, a baseline without its package or a GPU.
     Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
@@ -47,11 +47,11 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_model(trained.path / "checkpoint", device)
     model = checkpoint.model
-    refuse_peer(model.config, device)
+    refuse_baseline(model.config, device)
     for key, length in config.window_lengths():
         too_long = model.config.too_long(length)
         if too_long is not None:
-            raise Refusal(f"{key}: {too_long}")
+            raise UserError(f"{key}: {too_long}")
     if config.ablations:
         refuse_uniform(model.config)
 
@@ -88,10 +88,10 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
 
 
 def refuse_missing_windows(shards: TokenShards, lengths: list[tuple[str, int]]) -> None:
-    """Refusal naming the first (key, length) that is longer than the validation split."""
+    """UserError naming the first (key, length) that is longer than the validation split."""
     for key, length in lengths:
         if count_windows(shards.num_tokens, length) == 0:
-            raise Refusal(
+            raise UserError(
                 f"{key} holds {length}, but the validation split has {shards.num_tokens} tokens and one "
                 f"window of {length} needs {length + 1}; drop that length, or raise tokenize.validation_fraction"
             )

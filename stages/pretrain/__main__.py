@@ -29,7 +29,7 @@ from typing import IO, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, Refusal, write_atomically
+from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError, write_atomically
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.pretrain.checkpoint.state import other_identity, run_identity
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning if first else _ignore_warning
             train(parse(arguments), caught)
-    except Refusal as refusal:
+    except UserError as refusal:
         if first:
             print(f"error: {refusal}", file=sys.stderr, flush=True)
         return 2
@@ -123,7 +123,7 @@ def _ignore_warning(*_: object, **__: object) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refusal(f"{message}; see python -m lazypipe.stages.pretrain --help")
+        raise UserError(f"{message}; see python -m lazypipe.stages.pretrain --help")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -140,12 +140,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (default: torch's own choice)")
     options = parser.parse_intermixed_args(arguments)
     if options.threads is not None and options.threads < 1:
-        raise Refusal(f"--threads {options.threads}: must be at least 1")
+        raise UserError(f"--threads {options.threads}: must be at least 1")
     return options
 
 
 def train(options: argparse.Namespace, caught: list[int]) -> None:
-    """Read, check and train; Refusal and Interrupted as `lazypipe.stages.pretrain.stage.run` raises them."""
+    """Read, check and train; UserError and Interrupted as `lazypipe.stages.pretrain.stage.run` raises them."""
     config = read_config(options.config, options.overrides)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -177,7 +177,7 @@ def join_workers() -> tuple[int, int]:
     try:
         rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except (KeyError, ValueError) as error:
-        raise Refusal(
+        raise UserError(
             f"WORLD_SIZE is set, but RANK, WORLD_SIZE and LOCAL_RANK are not three numbers ({error}); start several "
             "processes with torchrun, or unset WORLD_SIZE"
         ) from error
@@ -186,24 +186,24 @@ def join_workers() -> tuple[int, int]:
         return rank, world_size
     asked, present = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
     if asked > present:
-        raise Refusal(f"{asked} processes on a machine with {present} GPUs; lower torchrun's --nproc-per-node")
+        raise UserError(f"{asked} processes on a machine with {present} GPUs; lower torchrun's --nproc-per-node")
     torch.cuda.set_device(local)
     dist.init_process_group("nccl", device_id=torch.device("cuda", local))
     return rank, world_size
 
 
 def agreed(rank: int, check: Any) -> Any:
-    """What `check` returns on rank 0, or the Refusal it raises there, on every rank: files are looked at once."""
+    """What `check` returns on rank 0, or the UserError it raises there, on every rank: files are looked at once."""
     found: list[Any] = [None, None]
     if rank == 0:
         try:
             found[0] = check()
-        except Refusal as refusal:
+        except UserError as refusal:
             found[1] = str(refusal)
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
-        raise Refusal(found[1])
+        raise UserError(found[1])
     return found[0]
 
 
@@ -224,9 +224,11 @@ def locked(output: Path, rank: int) -> Iterator[None]:
             handle.append((output / ".lock").open("w", encoding="utf-8"))
             fcntl.flock(handle[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"--output {output}: another process trains there; wait for it, or choose another") from None
+            raise UserError(
+                f"--output {output}: another process trains there; wait for it, or choose another"
+            ) from None
         except OSError as error:
-            raise Refusal(f"--output {output}: cannot be written: {error}; choose another") from error
+            raise UserError(f"--output {output}: cannot be written: {error}; choose another") from error
 
     agreed(rank, lock)
     try:
@@ -237,7 +239,7 @@ def locked(output: Path, rank: int) -> Iterator[None]:
 
 
 def finished_result(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier command left when it was done, or None. Refusal when it trained something else."""
+    """What an earlier command left when it was done, or None. UserError when it trained something else."""
     path = output / RESULT
     if not path.exists():
         return None
@@ -245,7 +247,7 @@ def finished_result(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]
     other = other_identity(found["identity"], identity)
     if other is not None:
         name, before, now = other
-        raise Refusal(f"--output {output}: holds a finished run with {name}={before}, not {now}; choose another")
+        raise UserError(f"--output {output}: holds a finished run with {name}={before}, not {now}; choose another")
     return found
 
 

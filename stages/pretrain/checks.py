@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lazypipe.model.config import PEER_PACKAGE, PEERS
-from lazypipe.stages.contract import Refusal
+from lazypipe.model.config import BASELINE_PACKAGE, BASELINES
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.pretrain.config import PretrainConfig
 
 
@@ -45,13 +45,13 @@ def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
             "Attention, of which this model has none",
             stacklevel=2,
         )
-    if config.activation_checkpointing != "none" and config.model.mixer in PEERS:
+    if config.activation_checkpointing != "none" and config.model.mixer in BASELINES:
         warnings.warn(
             f"activation_checkpointing={config.activation_checkpointing} is for blocks of our own; "
             f"mixer={config.model.mixer} trains without",
             stacklevel=2,
         )
-    if config.compile and config.model.mixer in PEERS:
+    if config.compile and config.model.mixer in BASELINES:
         warnings.warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without", stacklevel=2)
     elif config.compile and (uncompiled := _uncompiled_mixers(config)):
         warnings.warn(
@@ -75,7 +75,7 @@ def _uncompiled_mixers(config: PretrainConfig) -> list[str]:
 
 
 def check_compiler(config: PretrainConfig, device: torch.device) -> None:
-    """Refusal where torch.compile is asked for and lacks what builds its code: C++ on a CPU, Triton's C on a GPU."""
+    """UserError where torch.compile is asked for and lacks what builds its code: C++ on a CPU, Triton's C on a GPU."""
     if not config.compile:
         return
     variable, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
@@ -87,7 +87,7 @@ def check_compiler(config: PretrainConfig, device: torch.device) -> None:
         missing = f"{header} (Debian: python3-dev)"
     else:
         return
-    raise Refusal(
+    raise UserError(
         f"compile=true builds extensions of Python, and {missing} is missing; install it, or set compile: false"
     )
 
@@ -108,11 +108,11 @@ def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, obj
 
 
 def kernel_used(config: PretrainConfig) -> str:
-    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (peers), or torch."""
+    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (baselines), or torch."""
     if _has_lazy_kernel(config):
         return config.kernel
-    if config.model.mixer in PEERS:
-        return PEER_PACKAGE
+    if config.model.mixer in BASELINES:
+        return BASELINE_PACKAGE
     return "sdpa" if config.model.mixer == "standard" else "torch"
 
 

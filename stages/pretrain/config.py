@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lazypipe.model.config import PEERS, WITH_SIDE_SEQUENCE, ModelConfig
+from lazypipe.model.config import BASELINES, WITH_SIDE_SEQUENCE, ModelConfig
 from lazypipe.stages.config import StageConfig, operational
 
 
@@ -121,10 +121,10 @@ class PretrainConfig(StageConfig):
                 "document_masking=true does not go with mixer=mamba2, which carries its state across packed documents; "
                 "set document_masking: false in this variant"
             )
-        if self.parallel == "fsdp" and (self.model.mixer in PEERS or self.model.mixer in WITH_SIDE_SEQUENCE):
+        if self.parallel == "fsdp" and (self.model.mixer in BASELINES or self.model.mixer in WITH_SIDE_SEQUENCE):
             raise ValueError(
-                f"parallel=fsdp shards block by block, which does not go with mixer={self.model.mixer}: peers are not "
-                "made of our blocks, and a side sequence passes through blocks out of their turn; set "
+                f"parallel=fsdp shards block by block, which does not go with mixer={self.model.mixer}: baselines are "
+                "not made of our blocks, and a side sequence passes through blocks out of their turn; set "
                 "parallel: replicate in this variant"
             )
         if self.parallel == "fsdp" and (self.model.mixer == "elliptical" or self.sink_balance):

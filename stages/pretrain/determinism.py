@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lazypipe.model.config import PEERS
-from lazypipe.stages.contract import Artifact, Context, Outputs, Refusal
+from lazypipe.model.config import BASELINES
+from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
 from lazypipe.stages.pretrain.config import PretrainConfig
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -33,7 +33,7 @@ def deterministic_if_asked(run: Run) -> Run:
             return run(config, inputs, context)
         if torch.cuda.is_available():
             prepare_cublas(os.environ, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-        if config.model.mixer in PEERS:
+        if config.model.mixer in BASELINES:
             warnings.warn(
                 f"deterministic=true: whether the kernels of mixer={config.model.mixer} repeat themselves is up to "
                 "flash-linear-attention",
@@ -64,13 +64,13 @@ def determinism() -> Iterator[None]:
 
 
 def prepare_cublas(environment: MutableMapping[str, str], initialized: bool) -> None:
-    """Give cuBLAS the workspace with which it repeats itself; Refusal when it is too late or set to another."""
+    """Give cuBLAS the workspace with which it repeats itself; UserError when it is too late or set to another."""
     found = environment.get(CUBLAS)
     if found in CUBLAS_SETTINGS:
         return
     if found is not None or initialized:
         state = f"is {found!r}" if found is not None else "is not set, and this process uses CUDA already"
-        raise Refusal(
+        raise UserError(
             f"deterministic=true: {CUBLAS} {state}; start with {CUBLAS}=:4096:8 in the environment, or set "
             "deterministic: false"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from lazypipe.model.config import ModelConfig
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.files import files_problem
 from lazypipe.stages.pretrain.config import PretrainConfig
 
@@ -20,21 +20,23 @@ def read_config(path: Path, overrides: Sequence[str]) -> PretrainConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal(
+        raise UserError(
             f"{path}: cannot be read as JSON: {error}; write it with  lazypipe plan EXPERIMENT --print pretrain/VARIANT"
         ) from error
     if not isinstance(fields, dict):
-        raise Refusal(f"{path}: expected the fields of a pretrain config, found {type(fields).__name__}")
+        raise UserError(f"{path}: expected the fields of a pretrain config, found {type(fields).__name__}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise Refusal(f"override {override!r}: expected key=value such as lr=1e-3 or model.num_layers=2")
+            raise UserError(f"override {override!r}: expected key=value such as lr=1e-3 or model.num_layers=2")
         *parents, last = key.split(".")
         here = fields
         for name in parents:
             here = here.setdefault(name, {})
             if not isinstance(here, dict):
-                raise Refusal(f"override {override!r}: {name} is {here!r}, not a mapping; nothing can be set below it")
+                raise UserError(
+                    f"override {override!r}: {name} is {here!r}, not a mapping; nothing can be set below it"
+                )
         try:
             here[last] = json.loads(text)
         except ValueError:
@@ -42,7 +44,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> PretrainConfig:
     try:
         return PretrainConfig.model_validate(fields)
     except ValidationError as error:
-        raise Refusal(f"{path}: {_first_problem(error)}") from error
+        raise UserError(f"{path}: {_first_problem(error)}") from error
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -58,7 +60,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def verified_corpus(path: Path) -> Path:
-    """The directory of an intact tokenize result; Refusal says what is wrong with another."""
+    """The directory of an intact tokenize result; UserError says what is wrong with another."""
     hint = "make it with  lazypipe run EXPERIMENT --only tokenize  and give its folder, store/tokenize/..."
     current = path / "current"
     try:
@@ -67,10 +69,10 @@ def verified_corpus(path: Path) -> Path:
         stage, files = manifest["stage"], dict(manifest["files"])
         complete = {"vocab_size", "eos_id", "source", "splits"} <= manifest["facts"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"--tokens {path}: holds no result ({type(error).__name__}: {error}); {hint}") from error
+        raise UserError(f"--tokens {path}: holds no result ({type(error).__name__}: {error}); {hint}") from error
     if stage != "tokenize" or not complete:
-        raise Refusal(f"--tokens {path}: is a result of {stage}, not of tokenize; {hint}")
+        raise UserError(f"--tokens {path}: is a result of {stage}, not of tokenize; {hint}")
     problem = files_problem(directory, files)
     if problem is not None:
-        raise Refusal(f"--tokens {path}: {problem}; {hint}")
+        raise UserError(f"--tokens {path}: {problem}; {hint}")
     return directory

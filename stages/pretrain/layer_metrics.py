@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lazypipe.model.config import PEERS
+from lazypipe.model.config import BASELINES
 from lazypipe.model.mixers.lazy import LazyAttention
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.data.batches import document_borders, read_window
@@ -33,7 +33,7 @@ def attention_numbers(
     for index, layer in enumerate(model.layers):
         if isinstance(layer.mixer, LazyAttention) and layer.mixer.tau is not None:
             numbers[f"tau/layer_{index}"] = layer.mixer.tau.mean().item()
-    if config.model.mixer in PEERS or not (validate or step % (SAMPLE_EVERY * config.log_every) == 0):
+    if config.model.mixer in BASELINES or not (validate or step % (SAMPLE_EVERY * config.log_every) == 0):
         return numbers
     sample = np.stack([read_window(shards, config.seq_len, w) for w in windows[:SAMPLE_WINDOWS]])
     tokens = torch.from_numpy(sample[:, :-1]).to(model.embedding.weight.device)
@@ -51,7 +51,7 @@ def summary(by_layer: dict[str, float], config: PretrainConfig) -> dict[str, flo
     """Means over layers for the history table, null where not measured: sink, and of a lazy model tau_mean and
     sparsity.
     """
-    columns = [] if config.model.mixer in PEERS else [("sink", "sink/")]
+    columns = [] if config.model.mixer in BASELINES else [("sink", "sink/")]
     if config.model.mixer == "lazy" and config.model.lazy_elastic:
         columns += [("tau_mean", "tau/"), ("sparsity", "sparsity/")]
     means: dict[str, float | None] = {}

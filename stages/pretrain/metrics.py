@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lazypipe.model.config import PEERS
+from lazypipe.model.config import BASELINES
 from lazypipe.model.costs import training_flops_per_token
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.gpus import Precision, peak_flops
@@ -54,8 +54,8 @@ def machine(config: PretrainConfig, vocab_size: int, device: torch.device, worke
         return Machine(None, workers, flops, None)
     torch.cuda.reset_peak_memory_stats(device)
     name = torch.cuda.get_device_name(device)
-    # A peer's own operations are not counted: model/costs.py knows the standard model it is matched to.
-    peak = None if config.model.mixer in PEERS else peak_flops(name, matrix_precision(config))
+    # A baseline's own operations are not counted: model/costs.py knows the standard model it is matched to.
+    peak = None if config.model.mixer in BASELINES else peak_flops(name, matrix_precision(config))
     return Machine(name, workers, flops, peak)
 
 

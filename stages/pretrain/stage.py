@@ -24,8 +24,8 @@ import torch
 from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.transformer import count_parameters
-from lazypipe.stages.baselines import refuse_peer
-from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, Outputs, Refusal
+from lazypipe.stages.baselines import refuse_baseline
+from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import training_batch, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.pretrain.attempts import begin_attempt
@@ -76,7 +76,7 @@ def train_with(
     warn_of_settings(config, context.world_size)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refuse_peer(config.model, device)
+    refuse_baseline(config.model, device)
     check_compiler(config, device)
     preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
     model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel)
@@ -200,9 +200,9 @@ def train_with(
 
 
 def first_tokens(shards: TokenShards, count: int) -> npt.NDArray[np.int64]:
-    """The side sequence of text_qk, int64 [count]; Refusal when the corpus has fewer tokens."""
+    """The side sequence of text_qk, int64 [count]; UserError when the corpus has fewer tokens."""
     if shards.num_tokens < count:
-        raise Refusal(
+        raise UserError(
             f"text_qk takes the first max_seq_len={count} tokens of the training corpus, which has "
             f"{shards.num_tokens}; lower model.max_seq_len or add text"
         )

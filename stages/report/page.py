@@ -1,6 +1,6 @@
 """A report as one Markdown page and as one self-contained HTML page made from it.
 
-Markdown is the source: templates/report.md.j2 is filled, then converted to HTML with every picture embedded as a data
+Markdown is the source: templates/report.md.j2 is filled, then converted to HTML with every figure embedded as a data
 URI. Whatever a user or a model wrote (titles, paths, prompts, continuations) passes through `inline` or `literal`, so
 it is shown and never interpreted.
 """
@@ -30,7 +30,7 @@ BACKSLASHED = {ord(character): "\\" + character for character in "_*[]"}
 
 
 def markdown_page(report: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
-    """report.md: `report` is what report.json holds, `sections` what only the page shows (pictures, texts)."""
+    """report.md: `report` is what report.json holds, `sections` what only the page shows (figures, texts)."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,  # this is Markdown: `inline` and `literal` escape what is not ours
@@ -45,8 +45,8 @@ def markdown_page(report: Mapping[str, Any], sections: Mapping[str, Any]) -> str
 
 
 def html_page(markdown_text: str, title: str, folder: Path) -> str:
-    """report.html: the Markdown page with its pictures, which are files below `folder`, embedded."""
-    converter = Markdown(extensions=["tables", EmbeddedPictures(folder)], output_format="html")
+    """report.html: the Markdown page with its figures, which are files below `folder`, embedded."""
+    converter = Markdown(extensions=["tables", EmbeddedFigures(folder)], output_format="html")
     body = converter.convert(markdown_text)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html.j2").render(title=visible(title), body=body)
@@ -91,18 +91,18 @@ def visible(text: str) -> str:
     )
 
 
-class EmbeddedPictures(Extension):
-    """Markdown extension: replaces the address of every picture by its content."""
+class EmbeddedFigures(Extension):
+    """Markdown extension: replaces the address of every figure by its content."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802  (the library's name)
-        md.treeprocessors.register(_EmbedPictures(md, self.folder), "embedded_pictures", 0)
+        md.treeprocessors.register(_EmbedFigures(md, self.folder), "embedded_figures", 0)
 
 
-class _EmbedPictures(Treeprocessor):
+class _EmbedFigures(Treeprocessor):
     def __init__(self, md: Markdown, folder: Path) -> None:
         super().__init__(md)
         self.folder = folder
@@ -110,7 +110,7 @@ class _EmbedPictures(Treeprocessor):
     def run(self, root: Element) -> None:
         for image in root.iter("img"):
             content = (self.folder / image.get("src", "")).read_bytes()
-            # One text size in all pictures: they are drawn at 150 dots per inch, a CSS inch has 96 pixels. The width of
+            # One text size in all figures: they are drawn at 150 dots per inch, a CSS inch has 96 pixels. The width of
             # a PNG stands in bytes 16 to 19.
             image.set("width", str(int.from_bytes(content[16:20], "big") * 96 // 150))
             image.set("src", "data:image/png;base64," + base64.b64encode(content).decode("ascii"))

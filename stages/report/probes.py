@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lazypipe.stages.contract import Context
-from lazypipe.stages.evaluate import figures as pictures_evaluation
+from lazypipe.stages.evaluate import figures as evaluation_figures
 from lazypipe.stages.report.sections import Variant, read_table
 from lazypipe.stages.report.table import MISSING, perplexity, share
 
@@ -26,9 +26,9 @@ def sections(variants: Sequence[Variant], context: Context) -> dict[str, Any]:
         tables = {
             v.name: (by_length[v.name], read_table(v.evaluate, "positions")) for v in variants if v.name in by_length
         }
-        context.log_figure("extrapolation", pictures_evaluation.extrapolation(tables, trained))
+        context.log_figure("extrapolation", evaluation_figures.extrapolation(tables, trained))
     if probed:
-        context.log_figure("probes", pictures_evaluation.probes(probed, trained))
+        context.log_figure("probes", evaluation_figures.probes(probed, trained))
     names = [variant.name for variant in variants]
     return {"extrapolation": extrapolation_lines(names, by_length), "probes": probe_lines(names, probed)}
 

@@ -1,4 +1,4 @@
-"""The parts of a report that only its page shows: settings, context lengths, continuations, pictures, provenance."""
+"""The parts of a report that only its page shows: settings, context lengths, continuations, figures, provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.report.table import MISSING, loss, perplexity
 
-MAX_ATTENTION_LAYERS = 3  # first, middle and last; the rest is among the sparsity stage's own pictures
+MAX_ATTENTION_LAYERS = 3  # first, middle and last; the rest is among the sparsity stage's own figures
 
 
 class Variant(NamedTuple):
@@ -100,8 +100,8 @@ def continuations(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "texts": texts} for prompt, texts in groups.items()]
 
 
-def copy_pictures(variants: Sequence[Variant], output_dir: Path) -> list[dict[str, Any]]:
-    """Copy each variant's own pictures to output_dir/figures/<variant>_<name>.png; groups for the page.
+def copy_figures(variants: Sequence[Variant], output_dir: Path) -> list[dict[str, Any]]:
+    """Copy each variant's own figures to output_dir/figures/<variant>_<name>.png; groups for the page.
 
     Attention maps are taken of the first, the middle and the last layer: all of them, for 24 layers and 20 variants,
     would make a page of some 100 MB.

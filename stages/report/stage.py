@@ -4,8 +4,8 @@ Only reads what the stages before it wrote, so it needs neither torch nor a mode
 
     report.json   {title, reference, columns, rows (one per variant), unigram_entropy, seeds, published, findings,
                    provenance}; seeds and published are null unless there are several seeds, a comparison is asked for
-    report.md     the page, its pictures in figures/
-    report.html   the same page in one file, pictures embedded, no network needed
+    report.md     the page, its figures in figures/
+    report.html   the same page in one file, figures embedded, no network needed
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from lazypipe.stages import figures as pictures
+from lazypipe.stages import figures
 from lazypipe.stages.contract import Artifact, Context, Outputs
-from lazypipe.stages.registry import ReportConfig
 from lazypipe.stages.report import benchmarks as report_benchmarks
 from lazypipe.stages.report import probes as report_probes
 from lazypipe.stages.report import sections as report_sections
 from lazypipe.stages.report.comparison import beside_published
+from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.report.findings import findings
 from lazypipe.stages.report.page import html_page, markdown_page
 from lazypipe.stages.report.sections import Variant, read_table
@@ -58,7 +58,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
     report["provenance"] = report_sections.provenance(inputs)
     context.progress(1, 4, "parts")
 
-    # Of a model trained with several seeds the pictures show the first.
+    # Of a model trained with several seeds the figures show the first.
     once = {group["variants"][0] for group in (report["seeds"] or {"groups": []})["groups"]}
     shown = [variant for variant in variants if not once or variant.name in once]
     draw(shown, report["unigram_entropy"], context)
@@ -76,7 +76,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
         "context_lengths": report_sections.context_lengths(variants),
         "benchmarks": report_benchmarks.benchmarks(variants),
         "continuations": report_sections.continuations(variants),
-        "pictures": report_sections.copy_pictures(shown, context.output_dir),
+        "figures": report_sections.copy_figures(shown, context.output_dir),
         "warnings": report_sections.warnings_of(inputs),
         **report_sections.settings(tokenize, variants),
         **report_probes.sections(variants, context),
@@ -192,14 +192,14 @@ def mixer_and_pattern(facts: Mapping[str, Any]) -> str | None:
 
 
 def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Context) -> None:
-    """The pictures all variants share: figures/loss_curves, sparsity_by_layer, sink_by_layer."""
+    """The figures all variants share: figures/loss_curves, sparsity_by_layer, sink_by_layer."""
     context.log_figure(
-        "loss_curves", pictures.loss_curves([loss_curve(variant) for variant in variants], unigram_entropy)
+        "loss_curves", figures.loss_curves([loss_curve(variant) for variant in variants], unigram_entropy)
     )
     heads = [(variant, read_table(variant.sparsity, "heads")) for variant in variants]
-    for name, picture in (("sparsity", pictures.sparsity_by_layer), ("sink", pictures.sink_by_layer)):
+    for name, figure in (("sparsity", figures.sparsity_by_layer), ("sink", figures.sink_by_layer)):
         series = [
-            pictures.LayerSeries(
+            figures.LayerSeries(
                 variant.name,
                 by_head(rows, name),
                 by_head(rows, f"untrained_{name}"),
@@ -207,13 +207,13 @@ def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Co
             )
             for variant, rows in heads
         ]
-        context.log_figure(f"{name}_by_layer", picture(series))
+        context.log_figure(f"{name}_by_layer", figure(series))
 
 
-def loss_curve(variant: Variant) -> pictures.LossCurve:
+def loss_curve(variant: Variant) -> figures.LossCurve:
     rows = read_table(variant.pretrain, "history")
     validation = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
-    return pictures.LossCurve(
+    return figures.LossCurve(
         variant.name,
         np.array([row["step"] for row in rows], dtype=np.int64),
         np.array([row["loss"] for row in rows], dtype=np.float64),  # None becomes NaN
@@ -222,7 +222,7 @@ def loss_curve(variant: Variant) -> pictures.LossCurve:
     )
 
 
-def by_head(rows: Sequence[Mapping[str, Any]], name: str) -> pictures.Array:
+def by_head(rows: Sequence[Mapping[str, Any]], name: str) -> figures.Array:
     """A column of tables/heads as [layers, H]."""
     layers, heads = 1 + max(row["layer"] for row in rows), 1 + max(row["head"] for row in rows)
     values = np.full((layers, heads), np.nan)

@@ -3,7 +3,7 @@
 Windows of `seq_len` tokens, evenly spread over the validation split, go through the model one at a time; at most
 [H, query_block, seq_len] weights exist at once. The untrained model of the same architecture and seed goes through the
 same windows and the same code: random scores under tau = -1 are already 50 to 69 % exact zeros, so a sparsity means
-little without that number beside it. A layer without attention weights (mlp) has nulls in the tables, no picture, and
+little without that number beside it. A layer without attention weights (mlp) has nulls in the tables, no figure, and
 no part in the means. A window is a stretch of the packed token stream; it may hold a document border,
 which attention crosses here as in training; a model trained with document_masking meets it here for the first time.
 """
@@ -22,16 +22,16 @@ from torch import Tensor
 from lazypipe.model.baselines import build_model
 from lazypipe.model.mixers.lazy import LazyAttention
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages import figures as pictures
+from lazypipe.stages import figures
 from lazypipe.stages.baselines import load_model
-from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import read_window, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import SparsityConfig
+from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.sparsity.metrics import METRICS, average_windows, measure_windows
 
-HEAT_MAP_TOKENS = 256  # a picture of more tokens than pixels would have to merge weights, zeros among them
+HEAT_MAP_TOKENS = 256  # a figure of more tokens than pixels would have to merge weights, zeros among them
 
 Array = NDArray[Any]
 HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H], NaN in layers without attention weights
@@ -40,7 +40,7 @@ HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H], NaN in laye
 def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Measure attention metrics per layer and head of inputs["pretrain"] on the validation split of inputs["tokenize"].
 
-    Writes tables/heads, tables/layers and figures/*.png. Raises Refusal when the split has no window of seq_len tokens
+    Writes tables/heads, tables/layers and figures/*.png. Raises UserError if the split has no window of seq_len tokens
     or the checkpoint's weights are not finite, Interrupted when a stop is asked for.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +57,7 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
     _refuse_diverged(model)
     too_long = model.config.too_long(config.seq_len)
     if too_long is not None:
-        raise Refusal(f"sparsity.seq_len: {too_long}")
+        raise UserError(f"sparsity.seq_len: {too_long}")
     beyond_training = config.seq_len > model.config.max_seq_len
     if beyond_training:
         warnings.warn(
@@ -78,7 +78,7 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
     taus, biases = lazy_parameters(model)
     _log_tables(context, trained, before, taus)
     if model.attention_layers:
-        _log_pictures(context, trained, before, {layer: maps[layer] for layer in model.attention_layers}, heads, config)
+        _log_figures(context, trained, before, {layer: maps[layer] for layer in model.attention_layers}, heads, config)
     metrics = summary(trained, before)
     if taus is not None:
         tau_init = model.config.tau_init
@@ -89,14 +89,14 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
             "tau_moved": float(np.nanmax(np.abs(taus - tau_init))),
         }
         relative = model.config.lazy_threshold == "relative"
-        context.log_figure("tau_heat_map", pictures.tau_heat_map(taus, tau_init, relative))
+        context.log_figure("tau_heat_map", figures.tau_heat_map(taus, tau_init, relative))
     if biases is not None:
         _, initial_biases = lazy_parameters(untrained)
         metrics |= {
             "bias_max": float(np.nanmax(np.abs(biases))),
             "bias_moved": float(np.nanmax(np.abs(biases - initial_biases))),
         }
-        context.log_figure("bias_curves", pictures.bias_curves(biases))
+        context.log_figure("bias_curves", figures.bias_curves(biases))
     facts = {
         "windows": len(windows),
         "windows_asked": config.windows,
@@ -217,7 +217,7 @@ def _log_tables(context: Context, trained: HeadMetrics, before: HeadMetrics, tau
     context.log_table("layers", layer_rows)
 
 
-def _log_pictures(
+def _log_figures(
     context: Context,
     trained: HeadMetrics,
     before: HeadMetrics,
@@ -226,13 +226,13 @@ def _log_pictures(
     config: SparsityConfig,
 ) -> None:
     series = {
-        name: [pictures.LayerSeries("mean over heads", trained[name], before[name])] for name in ("sparsity", "sink")
+        name: [figures.LayerSeries("mean over heads", trained[name], before[name])] for name in ("sparsity", "sink")
     }
-    context.log_figure("sparsity_by_layer", pictures.sparsity_by_layer(series["sparsity"]))
-    context.log_figure("sink_by_layer", pictures.sink_by_layer(series["sink"]))
+    context.log_figure("sparsity_by_layer", figures.sparsity_by_layer(series["sparsity"]))
+    context.log_figure("sink_by_layer", figures.sink_by_layer(series["sink"]))
     if heads:
         for layer, weights in maps.items():
-            figure = pictures.attention_heat_map(weights, layer, heads, config.seq_len)
+            figure = figures.attention_heat_map(weights, layer, heads, config.seq_len)
             context.log_figure(f"attention_layer_{layer}", figure)
 
 
@@ -244,7 +244,7 @@ def _window_tokens(shards: TokenShards, window: int, config: SparsityConfig, dev
 def _refuse_diverged(model: Transformer) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            raise Refusal(
+            raise UserError(
                 f"parameter {name} of the checkpoint is not finite: training has diverged; "
                 "lower pretrain.lr, lengthen pretrain.warmup_steps, or lower pretrain.grad_clip"
             )

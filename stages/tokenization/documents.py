@@ -79,7 +79,7 @@ def plan_units(files: Iterable[tuple[SourceFile, int]], layout: Layout, unit_byt
 def read_pieces(part: Part, layout: Layout, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
     """The rows of a part in order, each as one piece or more; a row without text is one empty piece.
 
-    Refusal for a jsonl line that is not an object with text in the text column.
+    UserError for a jsonl line that is not an object with text in the text column.
     """
     if part.file.format == "text":
         with open_text_bytes(part.file) as stream:

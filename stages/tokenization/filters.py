@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.config import Filters
 
 KEPT, TOO_SHORT, DUPLICATE = range(3)
@@ -31,7 +31,7 @@ def filter_documents(
 ) -> Filtered:
     """Apply the filters to rows given by sha256 (S32), UTF-8 bytes (0 = no text) and characters, all [rows].
 
-    Of equal texts the first in input order stays. Refusal when nothing is left of a corpus that held text.
+    Of equal texts the first in input order stays. UserError when nothing is left of a corpus that held text.
     """
     reasons = np.full(len(sizes), KEPT, dtype=np.uint8)
     reasons[(sizes > 0) & (chars < config.min_chars)] = TOO_SHORT
@@ -40,7 +40,7 @@ def filter_documents(
         order = rows[np.argsort(digests[rows], kind="stable")]  # stable: equal texts stay in input order
         reasons[order[1:][digests[order[1:]] == digests[order[:-1]]]] = DUPLICATE
     if sizes.any() and not sizes[reasons == KEPT].any():
-        raise Refusal(
+        raise UserError(
             f"tokenize.filters.min_chars={config.min_chars}: all {np.count_nonzero(sizes)} documents are shorter (the "
             f"longest has {chars.max()} characters), so no text is left; lower it"
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.source_files import (
     FileFacts,
     SourceFile,
@@ -26,7 +26,8 @@ from lazypipe.stages.data.source_files import (
     open_text_bytes,
     source_files,
 )
-from lazypipe.stages.tokenization.config import FileTokenizer, HubSource, HubTokenizer, TokenizeConfig
+from lazypipe.stages.data.sources import HubSource
+from lazypipe.stages.tokenization.config import FileTokenizer, HubTokenizer, TokenizeConfig
 
 # Rows of each jsonl file that are parsed while planning; the rest is checked when it is read.
 _ROWS_CHECKED = 16
@@ -73,7 +74,7 @@ def _is_directory(name: str, key: str) -> bool:
     if Path(name).is_dir():
         return True
     if looks_like_a_path(name):
-        raise Refusal(f"{key}: there is no such directory: {name!r}; correct the path, or give a name on the hub")
+        raise UserError(f"{key}: there is no such directory: {name!r}; correct the path, or give a name on the hub")
     return False
 
 
@@ -81,7 +82,7 @@ def source_identity(config: TokenizeConfig, cache_dir: Path | None) -> dict[str,
     """What of source and tokenizer enters the fingerprint besides the config: contents and commits, never paths.
 
     Files: [{"format", "sha256"}] in the order they are read. A hub dataset: its commit, or for a local directory the
-    hash of its files. cache_dir/file_hashes.json keeps hashes by path, size and mtime. Raises Refusal.
+    hash of its files. cache_dir/file_hashes.json keeps hashes by path, size and mtime. Raises UserError.
     """
     from lazypipe.stages.tokenization.tokenizer import directory_sha256, tokenizer_identity
 
@@ -124,7 +125,7 @@ def check_source(config: TokenizeConfig, cache_dir: Path | None, *, min_tokens: 
     files = source_files(config.source)
     facts = list(file_facts(files, cache_dir))
     if all(found.blank for found in facts):
-        raise Refusal(f"the corpus is empty: no text in {_names(files)}; give files that hold text")
+        raise UserError(f"the corpus is empty: no text in {_names(files)}; give files that hold text")
     _refuse_other_encodings(files, facts)
     if config.invalid_utf8 == "refuse":
         _refuse_invalid_utf8(files, facts)
@@ -132,14 +133,14 @@ def check_source(config: TokenizeConfig, cache_dir: Path | None, *, min_tokens: 
     for file in files:
         _check_rows(file, column)
     if all(found.blank or _without_rows(file) for file, found in zip(files, facts, strict=True)):
-        raise Refusal(f"the corpus is empty: no row of text in {_names(files)}; give files that hold text")
+        raise UserError(f"the corpus is empty: no row of text in {_names(files)}; give files that hold text")
     size = sum(found.text_bytes for found in facts)
     max_tokens = None
     # A Parquet file may hold more text than bytes (repeated values are stored once), so it bounds nothing.
     if not any(file.format == "parquet" for file in files):
         max_tokens = size + len(files)
         if max_tokens < min_tokens:
-            raise Refusal(
+            raise UserError(
                 f"the corpus is too small: {_names(files)} hold {size} bytes, at most {max_tokens} tokens, but "
                 f"{min_tokens} are needed; give more text or lower seq_len"
             )
@@ -157,7 +158,7 @@ def _check_rows(file: SourceFile, column: str) -> None:
 
         columns = parquet_text_columns(file.path)
         if column not in columns:
-            raise Refusal(f"{str(file.path)!r} lacks the text column {missing_column(column, columns)}")
+            raise UserError(f"{str(file.path)!r} lacks the text column {missing_column(column, columns)}")
         if not columns[column]:
             others = ", ".join(repr(name) for name, text in columns.items() if text)
             remedy = (
@@ -165,7 +166,7 @@ def _check_rows(file: SourceFile, column: str) -> None:
                 if others
                 else "nor does any other column; write the file with one that does"
             )
-            raise Refusal(
+            raise UserError(
                 f"{str(file.path)!r}: column {column!r} holds no text (its type is not string or binary); {remedy}"
             )
 
@@ -188,7 +189,7 @@ def _refuse_other_encodings(files: Iterable[SourceFile], facts: Iterable[FileFac
             start = stream.read(4)
         for mark, encoding in _BYTE_ORDER_MARKS.items():
             if start.startswith(mark):
-                raise Refusal(
+                raise UserError(
                     f"{str(file.path)!r} is {encoding} text (it begins with the bytes {mark.hex(' ').upper()}), "
                     f"expected UTF-8; convert it with `iconv -f {encoding} -t UTF-8`"
                 )
@@ -197,7 +198,7 @@ def _refuse_other_encodings(files: Iterable[SourceFile], facts: Iterable[FileFac
 def _refuse_invalid_utf8(files: Iterable[SourceFile], facts: Iterable[FileFacts]) -> None:
     for file, found in zip(files, facts, strict=True):
         if found.invalid_utf8_at is not None:
-            raise Refusal(
+            raise UserError(
                 f"{str(file.path)!r} is not UTF-8 at byte {found.invalid_utf8_at} and tokenize.invalid_utf8 is refuse; "
                 "convert the file, or set it to replace"
             )

@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.source_files import SourceFile, file_facts, source_files
+from lazypipe.stages.data.sources import HubSource
 from lazypipe.stages.kept_work import sweep_unfinished, work_key
-from lazypipe.stages.tokenization.config import HubSource, TokenizeConfig
+from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.documents import Layout, Part, plan_units
 from lazypipe.stages.tokenization.encode import Coder, EncodedSplit, EncodeTask, encode_unit
 from lazypipe.stages.tokenization.scan import PartScan, ScanTask, scan_unit

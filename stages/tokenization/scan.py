@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.kept_work import keep, kept
 from lazypipe.stages.tokenization.documents import Layout, Part, read_pieces
 from lazypipe.stages.tokenization.split import DIGEST_DTYPE
@@ -53,7 +53,7 @@ class UnitScan:
 
 
 def scan_unit(task: ScanTask) -> UnitScan:
-    """Hash the documents of each part of a unit, unless an earlier attempt has. Refusal for bytes that are not UTF-8
+    """Hash the documents of each part of a unit, unless an earlier attempt has. UserError for bytes that are not UTF-8
     when the task says so."""
     target = task.folder / task.name
     earlier = kept(target, task.key)
@@ -97,7 +97,7 @@ def _scan_part(part: Part, layout: Layout, refuse_invalid: bool) -> PartScan:
         blank = blank and (not piece.text or piece.text.isspace())
         invalid += piece.invalid_bytes
         if invalid and refuse_invalid:
-            raise Refusal(
+            raise UserError(
                 f"{str(part.file.path)!r} holds bytes that are not UTF-8 (row {len(sizes)} of this part) and "
                 "tokenize.invalid_utf8 is refuse; convert the file, or set it to replace"
             )

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 _SPACE = "▁"
 _PROBES = (
@@ -26,7 +26,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def pieces(path: Path) -> tuple[list[str], list[str]]:
-    """(all pieces in order of id, control pieces). Refusal when the file is no SentencePiece model."""
+    """(all pieces in order of id, control pieces). UserError when the file is no SentencePiece model."""
     model = _read(path)
     return [piece.piece for piece in model.pieces], [p.piece for p in model.pieces if p.type == _CONTROL]
 
@@ -38,14 +38,14 @@ def eos_piece(path: Path) -> str | None:
 
 
 def convert(path: Path) -> Any:
-    """A tokenizers.Tokenizer with the model's ids. Refusal for model types other than Unigram and BPE."""
+    """A tokenizers.Tokenizer with the model's ids. UserError for model types other than Unigram and BPE."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
     proto = _read(path)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
-        raise Refusal(
+        raise UserError(
             f"tokenizer.path: {str(path)!r} is a SentencePiece model of a kind that has no equal among tokenizers "
             "(only Unigram and BPE with white space as prefix have); train another or use a tokenizer.json"
         )
@@ -109,7 +109,7 @@ def _read(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise Refusal(f"tokenizer.path: {str(path)!r} is not a SentencePiece model") from None
+        raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model") from None
     if not model.pieces:
-        raise Refusal(f"tokenizer.path: {str(path)!r} is not a SentencePiece model (it holds no pieces)")
+        raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model (it holds no pieces)")
     return model

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 SKIP, TRAIN, VALIDATION, BOTH = range(4)
 DIGEST_DTYPE = np.dtype("S32")
@@ -34,12 +34,12 @@ def choose_validation(
 ) -> Split:
     """Assign every row by its text's sha256 (S32 [rows]) and UTF-8 size in bytes (int64 [rows]; 0 = no text).
 
-    At least one distinct text is on each side. Refusal when there is no text, or a single byte of it.
+    At least one distinct text is on each side. UserError when there is no text, or a single byte of it.
     """
     sides = np.full(len(sizes), SKIP, dtype=np.uint8)
     rows = np.flatnonzero(sizes)
     if not len(rows):
-        raise Refusal("the corpus is empty: no document holds any text; check source and source.text_column")
+        raise UserError("the corpus is empty: no document holds any text; check source and source.text_column")
     order = rows[np.argsort(digests[rows], kind="stable")]
     sorted_digests = digests[order]
     text_starts = np.flatnonzero(np.concatenate([[True], sorted_digests[1:] != sorted_digests[:-1]]))
@@ -47,7 +47,7 @@ def choose_validation(
     target = validation_fraction * float(cumulative[-1])
     if len(text_starts) == 1:
         if sizes[order[0]] < 2:
-            raise Refusal(_TOO_SHORT)
+            raise UserError(_TOO_SHORT)
         sides[rows] = BOTH
         return Split(sides, max(1, round(target)))
     taken = min(int(np.searchsorted(cumulative, target, side="left")) + 1, len(text_starts) - 1)
@@ -60,7 +60,7 @@ def divide_tail(pieces: Iterable[bytes], size: int, validation_fraction: float) 
     """(TRAIN or VALIDATION, bytes) of the one document whose UTF-8 pieces have `size` bytes together.
 
     The tail has about validation_fraction of the bytes, up to twice that when it can then begin after a line break,
-    and begins at a character. Refusal when the document is a single character.
+    and begins at a character. UserError when the document is a single character.
     """
     tail = min(size - 1, max(1, round(validation_fraction * size)))
     earliest, latest = max(1, size - 2 * tail), size - tail
@@ -73,7 +73,7 @@ def divide_tail(pieces: Iterable[bytes], size: int, validation_fraction: float) 
         else:
             cut = _tail_position(data, max(0, earliest - offset), latest - offset, at_start=offset == 0)
             if cut == size:
-                raise Refusal(_TOO_SHORT)
+                raise UserError(_TOO_SHORT)
             if cut:
                 yield TRAIN, data[:cut]
             yield VALIDATION, data[cut:]

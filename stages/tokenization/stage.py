@@ -67,7 +67,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
     """Tokenize the source of `config`; no inputs. See the module for the files, below for facts and metrics.
 
-    Raises Refusal for a source or tokenizer the user must change, Interrupted when asked to stop.
+    Raises UserError for a source or tokenizer the user must change, Interrupted when asked to stop.
     """
     assert not inputs, "the tokenize stage has no upstream"
     check_source(config, context.scratch_dir)

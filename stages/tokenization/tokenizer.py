@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lazypipe.stages.tokenization.sentencepiece_model as sentencepiece_model
-from lazypipe.stages.contract import Refusal, file_sha256
+from lazypipe.stages.contract import UserError, file_sha256
 from lazypipe.stages.tokenization.config import FileTokenizer, HubTokenizer, TrainTokenizer
 from lazypipe.stages.tokenization.documents import cut_into_pieces
 
@@ -59,7 +59,7 @@ def warn_of_small_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def load_tokenizer(config: FileTokenizer | HubTokenizer) -> tuple[Any, str | None]:
-    """(tokenizers.Tokenizer, its own EOS token if it names one). Refusal when it cannot be loaded."""
+    """(tokenizers.Tokenizer, its own EOS token if it names one). UserError when it cannot be loaded."""
     if isinstance(config, FileTokenizer):
         path = _existing_file(config)
         if path.suffix == ".model":
@@ -75,7 +75,7 @@ def load_tokenizer(config: FileTokenizer | HubTokenizer) -> tuple[Any, str | Non
 
 
 def find_eos(vocabulary: Iterable[str], special: Iterable[str], wanted: str | None, own: str | None) -> str:
-    """The end-of-document token: `wanted`, else the tokenizer's own, else the first usual name it knows. Refusal."""
+    """The end-of-document token: `wanted`, else the tokenizer's own, else the first usual name it knows. UserError."""
     known = set(vocabulary)
     if wanted is not None and wanted in known:
         return wanted
@@ -85,16 +85,16 @@ def find_eos(vocabulary: Iterable[str], special: Iterable[str], wanted: str | No
             return candidate
     asked = f"tokenizer.eos_token {wanted!r} is not in its vocabulary" if wanted else "no usual EOS token is in it"
     listed = ", ".join(map(repr, sorted(special)[:20])) or "none"
-    raise Refusal(
+    raise UserError(
         f"the tokenizer has no end-of-document token: {asked}. Its special tokens: {listed}; "
         "name one of them, or another token, in tokenizer.eos_token"
     )
 
 
 def check_vocabulary(vocab_size: int, token_dtype: str) -> None:
-    """Refusal when a token id would not fit the dtype of the shards."""
+    """UserError when a token id would not fit the dtype of the shards."""
     if vocab_size > _MAX_IDS[token_dtype]:
-        raise Refusal(
+        raise UserError(
             f"the tokenizer has {vocab_size} token ids, more than token_dtype={token_dtype} holds "
             f"({_MAX_IDS[token_dtype]}); set tokenize.token_dtype: uint32"
         )
@@ -166,7 +166,7 @@ def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
 def _existing_file(config: FileTokenizer) -> Path:
     path = Path(config.path).expanduser()
     if not path.is_file():
-        raise Refusal(
+        raise UserError(
             f"tokenizer.path: {config.path!r} is not a file; expected a tokenizer.json or a SentencePiece .model"
         )
     return path
@@ -178,7 +178,7 @@ def _from_json_file(path: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise Refusal(
+        raise UserError(
             f"tokenizer.path: {str(path)!r} is not a tokenizer.json of the tokenizers library: {error}"
         ) from None
 
@@ -196,7 +196,7 @@ def _vocabulary_of_json(path: Path) -> tuple[dict[str, int], list[str]]:
         if not vocabulary:
             raise ValueError("its vocabulary is empty")
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise Refusal(
+        raise UserError(
             f"tokenizer.path: {str(path)!r} is not a tokenizer.json of the tokenizers library ({error!r})"
         ) from None
     return vocabulary, special
@@ -211,13 +211,13 @@ def _from_hub(config: HubTokenizer) -> tuple[Any, str | None]:
         loaded = AutoTokenizer.from_pretrained(config.name, revision=revision)
     except (OSError, ValueError) as error:
         first = re.split(r"\n", str(error).strip())[0]
-        raise Refusal(
+        raise UserError(
             f"tokenizer.name: no tokenizer could be loaded from {config.name!r} at revision {revision!r} ({first}); "
             "check the name and the network, or give a local directory or tokenizer.kind: file"
         ) from None
     fast = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
-        raise Refusal(
+        raise UserError(
             f"tokenizer.name: {config.name!r} loads as {type(loaded).__name__}, which has no fast tokenizer; "
             "choose one with a tokenizer.json"
         )

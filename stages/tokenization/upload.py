@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.data.remote import filesystem_of, unreachable
 
 _KEY = "tokenize.copy_to"
@@ -44,13 +44,13 @@ def check_target(uri: str) -> None:
             stream.write(b"may this be written?")
         filesystem.delete_file(probe)
     except OSError as error:
-        raise Refusal(unreachable(uri, _KEY, error)) from None
+        raise UserError(unreachable(uri, _KEY, error)) from None
 
 
 def copy_corpus(generation: Path, uri: str, report: Callable[[int, int], None] | None = None) -> Copied:
     """Copy the files that generation/manifest.json lists to `uri`, the manifest last. report(bytes done, of all).
 
-    Refusal when the file system answers with an error: the corpus is committed, and another run copies the rest.
+    UserError when the file system answers with an error: the corpus is committed, and another run copies the rest.
     """
     filesystem, folder = filesystem_of(uri, _KEY)
     text = (generation / _MANIFEST).read_bytes()
@@ -81,7 +81,7 @@ def copy_corpus(generation: Path, uri: str, report: Callable[[int, int], None] |
         with filesystem.open_output_stream(f"{folder}/{_MANIFEST}") as stream:
             stream.write(text)
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"{_KEY}: the copy to {uri!r} stopped after {sent} files: {first_line(error)}. The corpus is stored; run "
             "again to send the rest"
         ) from error

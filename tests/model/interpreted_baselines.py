@@ -1,4 +1,4 @@
-"""Trains and decodes peers in Triton's interpreter, on a CPU: `TRITON_INTERPRET=1 python this.py model STEPS MIXER`,
+"""Trains and decodes baselines in Triton's interpreter: `TRITON_INTERPRET=1 python this.py model STEPS MIXER`,
 or takes one through the stages: `python this.py stages FOLDER MIXER`. Prints what it measured as JSON.
 
 Two things keep the package's kernels from running there, neither of their mathematics: its autotuners ask for a GPU's
@@ -22,8 +22,8 @@ from lazypipe.stages.contract import Artifact, Interrupted
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain import stage as pretrain
-from lazypipe.stages.registry import SparsityConfig
 from lazypipe.stages.sparsity import stage as sparsity
+from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.stages.pretrain.toy_training import context_in, tiny_run, toy_corpus
 
 

@@ -1,4 +1,4 @@
-"""Peers from flash-linear-attention: their sizes, their checkpoints, what they compute, and what is refused."""
+"""Baselines from flash-linear-attention: their sizes, their checkpoints, what they compute, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from lazypipe.model.baselines import CLASSES, PeerError, PeerModel, build_model, check_peer, matched_settings
+from lazypipe.model.baselines import (
+    CLASSES,
+    BaselineError,
+    BaselineModel,
+    build_model,
+    check_baseline,
+    matched_settings,
+)
 from lazypipe.model.checkpoint import load_checkpoint, save_checkpoint
-from lazypipe.model.config import PEERS, ModelConfig, parameter_count
+from lazypipe.model.config import BASELINES, ModelConfig, parameter_count
 from lazypipe.model.transformer import Transformer, count_parameters
-from tests.peers_package import import_peers_package
+from tests.baselines_package import import_baselines_package
 
 PROJECT = Path(__file__).parents[2]
 SIZES = {  # of attention_variants: hidden, intermediate, layers, heads
@@ -31,7 +38,7 @@ SIZES = {  # of attention_variants: hidden, intermediate, layers, heads
 @pytest.fixture(autouse=True)
 def _package(request: pytest.FixtureRequest) -> None:
     if "without_package" not in request.node.name:
-        import_peers_package()
+        import_baselines_package()
 
 
 def small(mixer: str, **fields: object) -> ModelConfig:
@@ -40,8 +47,8 @@ def small(mixer: str, **fields: object) -> ModelConfig:
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mixer", PEERS)
-def test_a_peer_has_the_size_of_the_standard_model(mixer: str, size: str, tie: bool) -> None:
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_a_baseline_has_the_size_of_the_standard_model(mixer: str, size: str, tie: bool) -> None:
     hidden, intermediate, layers, heads = SIZES[size]
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_layers": layers, "num_heads": heads}
     config = small(mixer, **shape, tie_embeddings=tie)
@@ -60,17 +67,17 @@ def test_a_peer_has_the_size_of_the_standard_model(mixer: str, size: str, tie: b
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("mixer", PEERS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_a_checkpoint_comes_back_and_no_seed_is_shared(tmp_path: Path, mixer: str, tie: bool) -> None:
     before = torch.get_rng_state()
     model = build_model(small(mixer, tie_embeddings=tie), 19, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert type(model) is PeerModel
+    assert type(model) is BaselineModel
     assert type(model.get_submodule("backbone")).__name__ == CLASSES[mixer][1]
     again, other = (build_model(model.config, 19, seed=seed).state_dict() for seed in (3, 4))
     save_checkpoint(tmp_path, model, 0, None)
     loaded = load_checkpoint(tmp_path).model
-    assert type(loaded) is PeerModel and not loaded.training
+    assert type(loaded) is BaselineModel and not loaded.training
     buffers = dict(model.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in loaded.named_buffers())
     for name, value in model.state_dict().items():
@@ -83,16 +90,16 @@ def test_a_checkpoint_comes_back_and_no_seed_is_shared(tmp_path: Path, mixer: st
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("mixer", PEERS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_without_cuda_it_says_what_to_do(mixer: str) -> None:
     model = build_model(small(mixer), 19)
-    with pytest.raises(PeerError, match=rf"mixer={mixer} computes with CUDA .*gpus_per_worker: 1"):
+    with pytest.raises(BaselineError, match=rf"mixer={mixer} computes with CUDA .*gpus_per_worker: 1"):
         model(torch.arange(5)[None])
 
 
 def test_mamba2_cannot_keep_documents_apart_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazypipe.model.baselines.check_peer", lambda *_: None)
-    with pytest.raises(PeerError, match="mamba2 cannot keep packed documents apart"):
+    monkeypatch.setattr("lazypipe.model.baselines.check_baseline", lambda *_: None)
+    with pytest.raises(BaselineError, match="mamba2 cannot keep packed documents apart"):
         build_model(small("mamba2"), 19)(torch.arange(5)[None], cu_seqlens=torch.tensor([0, 2, 5]))
 
 
@@ -100,7 +107,7 @@ def test_borders_are_checked_and_reach_the_package_on_the_device_of_the_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The meta device stands in for a GPU, where training keeps the borders on the CPU."""
-    monkeypatch.setattr("lazypipe.model.baselines.check_peer", lambda *_: None)
+    monkeypatch.setattr("lazypipe.model.baselines.check_baseline", lambda *_: None)
     with torch.device("meta"):
         model, tokens = build_model(small("gla"), 19), torch.zeros(1, 5, dtype=torch.long)
     given: dict[str, Any] = {}
@@ -122,11 +129,11 @@ def test_borders_are_checked_and_reach_the_package_on_the_device_of_the_tokens(
 
 
 def test_without_package_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazypipe.model.config.PEER_PACKAGE", "a_package_nobody_has")
-    for call in (lambda: build_model(small("gla"), 19), lambda: check_peer(small("gla"), torch.device("cuda"))):
-        with pytest.raises(PeerError, match=r"mixer=gla .* pip install 'lazypipe\[peers\]'"):
+    monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
+    for call in (lambda: build_model(small("gla"), 19), lambda: check_baseline(small("gla"), torch.device("cuda"))):
+        with pytest.raises(BaselineError, match=r"mixer=gla .* pip install 'lazypipe\[baselines\]'"):
             call()
-    check_peer(small("standard"), torch.device("cpu"))
+    check_baseline(small("standard"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("field", [{"pattern": "even"}, {"num_kv_heads": 2}, {"qk_norm": True}])
@@ -137,7 +144,7 @@ def test_what_a_whole_model_cannot_have_is_refused(field: dict[str, Any]) -> Non
 
 def interpreted(what: str, argument: object, mixer: str) -> dict[str, Any]:
     """What tests/model/interpreted_baselines.py measures, in a process of its own: Triton reads its variable once."""
-    command = [sys.executable, str(Path(__file__).with_name("interpreted_peers.py")), what, str(argument), mixer]
+    command = [sys.executable, str(Path(__file__).with_name("interpreted_baselines.py")), what, str(argument), mixer]
     environment = os.environ | {"TRITON_INTERPRET": "1", "FLA_CACHE_RESULTS": "0", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
@@ -153,18 +160,18 @@ def check_measured(found: dict[str, Any]) -> None:
     assert found["past_changed"] < 1e-6 < 1e-3 < found["future_changed"]
 
 
-def test_a_peer_trains_decodes_to_the_same_logits_and_never_looks_ahead() -> None:
+def test_a_baseline_trains_decodes_to_the_same_logits_and_never_looks_ahead() -> None:
     check_measured(interpreted("model", 2, "forgetting_transformer"))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixer", PEERS)
-def test_every_peer_trains_decodes_to_the_same_logits_and_never_looks_ahead(mixer: str) -> None:
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_every_baseline_trains_decodes_to_the_same_logits_and_never_looks_ahead(mixer: str) -> None:
     check_measured(interpreted("model", 4, mixer))
 
 
 @pytest.mark.long
-def test_the_stages_train_resume_evaluate_and_analyse_a_peer(tmp_path: Path) -> None:
+def test_the_stages_train_resume_evaluate_and_analyse_a_baseline(tmp_path: Path) -> None:
     found = interpreted("stages", tmp_path, "forgetting_transformer")
     assert (found["resumed_from"], found["resumed_equal"]) == (1, True)
     assert 4 < found["validation_loss"] < math.log(300) and 4 < found["evaluated_loss"] < math.log(300)

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from lazypipe.kernels import lazy_attention
-from lazypipe.model.config import MIXERS, PEERS, WITHOUT_ATTENTION, AnyMixer, MixerName, ModelConfig, parameter_count
+from lazypipe.model.config import (
+    BASELINES,
+    MIXERS,
+    WITHOUT_ATTENTION,
+    AnyMixer,
+    MixerName,
+    ModelConfig,
+    parameter_count,
+)
 from lazypipe.model.mixers import build_mixer
 from lazypipe.model.mixers.base import AttentionMixer
 from lazypipe.model.rope import apply_rope, rope_tables
@@ -68,7 +76,7 @@ def test_the_count_without_torch_holds_for_every_shape(mixer: str, fields: dict[
 
 def test_every_described_mixer_has_a_name_and_a_class_of_its_own() -> None:
     assert tuple(MIXERS) == get_args(MixerName)
-    assert (*MIXERS, *PEERS) == get_args(AnyMixer)
+    assert (*MIXERS, *BASELINES) == get_args(AnyMixer)
     assert len({type(build_mixer(tiny("standard"), name)) for name in MIXERS}) == len(MIXERS)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lazypipe.stages import figures as pictures
+from lazypipe.stages import figures
 from lazypipe.stages.figures import LayerSeries, LossCurve
 
 
@@ -39,7 +39,7 @@ def test_exact_zeros_have_a_colour_of_their_own() -> None:
     sparse = dense.copy()
     sparse[:, :, :16] = 0
     grey = [
-        share_of_colour(pictures.attention_heat_map(weights, 0, [0], 32), pictures.EXACT_ZERO_COLOUR)
+        share_of_colour(figures.attention_heat_map(weights, 0, [0], 32), figures.EXACT_ZERO_COLOUR)
         for weights in (dense, sparse)
     ]
     assert grey[0] < 0.01 < 0.1 < grey[1]
@@ -47,7 +47,7 @@ def test_exact_zeros_have_a_colour_of_their_own() -> None:
 
 def test_heat_map_names_layer_heads_share_of_zeros_and_part_of_the_window() -> None:
     weights = np.stack([np.tri(8), np.eye(8)])
-    figure = pictures.attention_heat_map(weights, 3, [0, 5], 1024)
+    figure = figures.attention_heat_map(weights, 3, [0, 5], 1024)
     panels = figure.get_axes()
     assert panels[0].get_title() == "head 0: 0 % exactly 0"
     assert panels[1].get_title() == "head 5: 78 % exactly 0"  # 28 of 36 causal pairs
@@ -56,19 +56,19 @@ def test_heat_map_names_layer_heads_share_of_zeros_and_part_of_the_window() -> N
 
 
 def test_tau_map_is_centred_on_the_initial_value() -> None:
-    figure = pictures.tau_heat_map(np.array([[-1.0, -0.4], [-1.1, -0.9]]), tau_init=-1.0)
+    figure = figures.tau_heat_map(np.array([[-1.0, -0.4], [-1.1, -0.9]]), tau_init=-1.0)
     image = figure.get_axes()[0].images[0]
     assert image.get_clim() == pytest.approx((-1.6, -0.4))
     assert {text.get_text() for text in figure.get_axes()[0].texts} == {"-1.000", "-0.400", "-1.100", "-0.900"}
-    figure = pictures.tau_heat_map(np.array([[-2.4e-4, -3.12e-4], [np.nan, np.nan]]), -1 / 4096, relative=False)
+    figure = figures.tau_heat_map(np.array([[-2.4e-4, -3.12e-4], [np.nan, np.nan]]), -1 / 4096, relative=False)
     axes = figure.get_axes()[0]
     assert [text.get_text() for text in axes.texts] == ["-0.00024", "-0.00031"]
     assert axes.get_ylabel() == "layer (grey: no τ)"
 
 
-def test_layer_picture_draws_the_mean_over_heads_and_its_baseline() -> None:
+def test_layer_figure_draws_the_mean_over_heads_and_its_baseline() -> None:
     values = np.array([[0.2, 0.4], [0.6, np.nan], [np.nan, np.nan]])
-    figure = pictures.sparsity_by_layer([LayerSeries("lazy", values, np.full((3, 2), 0.5))])
+    figure = figures.sparsity_by_layer([LayerSeries("lazy", values, np.full((3, 2), 0.5))])
     lines = [line.get_ydata() for line in figure.get_axes()[0].lines]
     assert any(np.allclose(line, [0.3, 0.6, np.nan], equal_nan=True) for line in lines)
     assert any(np.allclose(line, 0.5) for line in lines)
@@ -78,7 +78,7 @@ def test_layer_picture_draws_the_mean_over_heads_and_its_baseline() -> None:
 def test_loss_curves_mark_validation_and_the_unigram_entropy() -> None:
     steps = np.arange(1, 101)
     curve = LossCurve("lazy", steps, 7.0 - steps / 50, [(50, 6.0), (100, 5.0)])
-    figure = pictures.loss_curves([curve], unigram_entropy=6.4)
+    figure = figures.loss_curves([curve], unigram_entropy=6.4)
     whole, late = figure.get_axes()
     assert any(np.allclose(line.get_ydata(), [6.0, 5.0]) for line in whole.lines if len(line.get_ydata()) == 2)
     assert any(np.allclose(line.get_ydata(), 6.4) for line in whole.lines)
@@ -92,7 +92,7 @@ def test_loss_curves_mark_validation_and_the_unigram_entropy() -> None:
 )
 def test_smoothing_is_the_mean_of_the_last_known_points(loss: list[float], most_points: int) -> None:
     steps = np.arange(len(loss)) * 3 + 1
-    kept, smooth = pictures.smoothed(steps, np.array(loss), most_points)
+    kept, smooth = figures.smoothed(steps, np.array(loss), most_points)
     width = max(1, len(loss) // 50)
     assert kept[0] == 1 and kept[-1] == steps[-1] and len(kept) <= min(most_points, len(loss))
     for step, value in zip(kept, smooth, strict=True):
@@ -104,17 +104,17 @@ def test_smoothing_is_the_mean_of_the_last_known_points(loss: list[float], most_
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: pictures.attention_heat_map(np.ones((1, 1, 1)), 0, [0], 1),
-        lambda: pictures.attention_heat_map(np.zeros((5, 3, 3)), 0, [0, 1, 2, 3, 4], 3),
-        lambda: pictures.tau_heat_map(np.full((1, 1), -1.0), -1.0),
-        lambda: pictures.tau_heat_map(np.linspace(-1, 0, 40 * 16).reshape(40, 16), -1.0),
-        lambda: pictures.bias_curves(np.zeros((1, 1, 1))),
-        lambda: pictures.bias_curves(np.ones((7, 20, 5))),
-        lambda: pictures.sink_by_layer([LayerSeries("standard", np.zeros((1, 1)))]),
-        lambda: pictures.sink_by_layer([LayerSeries(f"v{i}", np.full((2, 2), i / 20)) for i in range(20)]),
-        lambda: pictures.loss_curves([], None),
-        lambda: pictures.loss_curves([LossCurve("diverged", np.array([1]), np.array([np.nan]))], 6.0),
-        lambda: pictures.loss_curves([LossCurve("empty", np.array([]), np.array([]))], 6.0),
+        lambda: figures.attention_heat_map(np.ones((1, 1, 1)), 0, [0], 1),
+        lambda: figures.attention_heat_map(np.zeros((5, 3, 3)), 0, [0, 1, 2, 3, 4], 3),
+        lambda: figures.tau_heat_map(np.full((1, 1), -1.0), -1.0),
+        lambda: figures.tau_heat_map(np.linspace(-1, 0, 40 * 16).reshape(40, 16), -1.0),
+        lambda: figures.bias_curves(np.zeros((1, 1, 1))),
+        lambda: figures.bias_curves(np.ones((7, 20, 5))),
+        lambda: figures.sink_by_layer([LayerSeries("standard", np.zeros((1, 1)))]),
+        lambda: figures.sink_by_layer([LayerSeries(f"v{i}", np.full((2, 2), i / 20)) for i in range(20)]),
+        lambda: figures.loss_curves([], None),
+        lambda: figures.loss_curves([LossCurve("diverged", np.array([1]), np.array([np.nan]))], 6.0),
+        lambda: figures.loss_curves([LossCurve("empty", np.array([]), np.array([]))], 6.0),
     ],
 )
 def test_odd_shapes_draw_without_a_warning(draw: Callable[[], Figure]) -> None:
@@ -126,7 +126,7 @@ def test_odd_shapes_draw_without_a_warning(draw: Callable[[], Figure]) -> None:
 
 def test_variants_look_different_and_a_family_has_one_colour() -> None:
     def styles(families: list[str | None]) -> list[dict[str, Any]]:
-        return pictures.series_styles(
+        return figures.series_styles(
             [LossCurve(str(i), np.array([]), np.array([]), family=f) for i, f in enumerate(families)]
         )
 
@@ -139,8 +139,8 @@ def test_variants_look_different_and_a_family_has_one_colour() -> None:
 
 def test_drawing_touches_no_pyplot_state() -> None:
     code = (
-        "import sys, numpy as np; from stages import pictures; "
-        "pictures.tau_heat_map(np.zeros((2, 2)), -1.0).savefig('/dev/null', format='png'); "
+        "import sys, numpy as np; from stages import figures; "
+        "figures.tau_heat_map(np.zeros((2, 2)), -1.0).savefig('/dev/null', format='png'); "
         "print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

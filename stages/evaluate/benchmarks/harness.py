@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lazypipe.model.generate import generate_all
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 LOGITS_AT_ONCE = 2**25  # float32: 128 MiB
 MAX_NEW_TOKENS = 256  # of a task that names no number, as the harness's own backends
@@ -248,7 +248,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         beams = kwargs.pop("num_beams", 1)
         unknown = ["num_beams"] if beams != 1 else sorted(kwargs.keys() - KNOWN_SETTINGS)
         if unknown:
-            raise Refusal(
+            raise UserError(
                 f"generation_kwargs of the task hold {unknown[0]}={settings[unknown[0]]!r}, which would be ignored; "
                 f"known are {', '.join(sorted(KNOWN_SETTINGS))}; leave the task out"
             )
@@ -257,7 +257,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         new_tokens = int(kwargs["max_gen_toks"])
         room = self.max_length - new_tokens
         if room < 1:
-            raise Refusal(
+            raise UserError(
                 f"evaluate.max_length={self.max_length} leaves no room for a prompt before the {new_tokens} tokens the "
                 "task generates; raise max_length (and the model's max_seq_len), or leave the task out"
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.data.source_files import SourceFile, file_facts
 
 Row = dict[str, Any]
@@ -199,15 +199,15 @@ FIELDS: dict[str, Fields] = {
 
 
 def task_file(path: Path, task: str) -> SourceFile:
-    """A file that can be read for `task`, or a Refusal that says why not."""
+    """A file that can be read for `task`, or a UserError that says why not."""
     key = f"evaluate.task_data.{task}"
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist or is no regular file"
-        raise Refusal(f"{key}: {str(path)!r} {what}; name a file")
+        raise UserError(f"{key}: {str(path)!r} {what}; name a file")
     found = _how(path, task)
     if found is None:
         known = [*ENDINGS, *(PAGES if task == "wikitext" else ())]
-        raise Refusal(f"{key}: {str(path)!r} has an unknown file type; known endings are {', '.join(known)}")
+        raise UserError(f"{key}: {str(path)!r} has an unknown file type; known endings are {', '.join(known)}")
     return SourceFile(path, "parquet" if found[0] == "parquet" else "text", found[1])
 
 
@@ -220,23 +220,27 @@ def _how(path: Path, task: str) -> tuple[str, bool] | None:
 
 
 def check_file(path: Path, task: str, cache_dir: Path | None) -> str:
-    """The sha256 (hex) of a task's file, after a look at its first rows; a Refusal when it cannot be used."""
+    """The sha256 (hex) of a task's file, after a look at its first rows; a UserError when it cannot be used."""
     facts = next(iter(file_facts([task_file(path, task)], cache_dir)))
     if facts.blank or not list(itertools.islice(_rows(path, task), ROWS_CHECKED)):
-        raise Refusal(f"evaluate.task_data.{task}: {str(path)!r} is empty; give a file that holds the task's documents")
+        raise UserError(
+            f"evaluate.task_data.{task}: {str(path)!r} is empty; give a file that holds the task's documents"
+        )
     return facts.sha256
 
 
 def read_rows(path: Path, task: str) -> list[Row]:
-    """Every row of a file in the harness's fields, all with the same ones. Refusal for the first that is not right."""
+    """Every row of a file in the harness's fields, all with the same ones. UserError for the first wrong one."""
     task_file(path, task)
     rows = list(_rows(path, task))
     if not rows:
-        raise Refusal(f"evaluate.task_data.{task}: {str(path)!r} is empty; give a file that holds the task's documents")
+        raise UserError(
+            f"evaluate.task_data.{task}: {str(path)!r} is empty; give a file that holds the task's documents"
+        )
     for number, row in enumerate(rows, start=1):
         if row.keys() != rows[0].keys():
             wrong = sorted(row.keys() ^ rows[0].keys())[0]
-            raise Refusal(
+            raise UserError(
                 f"evaluate.task_data.{task}: {str(path)!r}, row {number}: {wrong!r} is "
                 f"{'missing' if wrong in rows[0] else 'in this row and not in row 1'}; every row needs the same fields"
             )
@@ -248,19 +252,19 @@ def _rows(path: Path, task: str) -> Iterator[Row]:
     for number, row in enumerate(_raw_rows(path, task), start=1):
         where = f"evaluate.task_data.{task}: {str(path)!r}, row {number}"
         if not isinstance(row, dict):
-            raise Refusal(f"{where} is not an object but {str(row)[:60]!r}; expected one object per document")
+            raise UserError(f"{where} is not an object but {str(row)[:60]!r}; expected one object per document")
         if fields is None:
             yield row
             continue
         try:
             yield fields.convert(row)
         except KeyError as missing:
-            raise Refusal(
+            raise UserError(
                 f"{where} lacks {missing.args[0]!r}; it has {', '.join(map(str, row)) or 'nothing'}, and {task} needs "
                 f"{fields.expected}"
             ) from None
         except (TypeError, ValueError, IndexError) as error:
-            raise Refusal(
+            raise UserError(
                 f"{where} is no document of {task}: {first_line(error)}; it needs {fields.expected}"
             ) from None
 
@@ -286,11 +290,11 @@ def _raw_rows(path: Path, task: str) -> Iterator[Any]:
             rows = json.loads(data)
             yield from rows if isinstance(rows, list) else [rows]
     except (ValueError, OSError, EOFError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        if isinstance(error, Refusal):
+        if isinstance(error, UserError):
             raise
         several = kind == "json" and "Extra data" in str(error)
         remedy = "one object a line is .jsonl: rename it" if several else "write it again"
-        raise Refusal(
+        raise UserError(
             f"evaluate.task_data.{task}: {str(path)!r} cannot be read as {kind}: {first_line(error)}; {remedy}"
         ) from None
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Refusal, first_line
+from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.evaluate.benchmarks.suites import SUITES, expand
 from lazypipe.stages.evaluate.benchmarks.task_files import check_file, read_rows
 from lazypipe.stages.evaluate.config import EvaluateConfig
@@ -47,7 +47,7 @@ def tasks_folder() -> Path:
     """lm_eval/tasks, without importing the harness."""
     found = importlib.util.find_spec("lm_eval")
     if found is None or found.origin is None:
-        raise Refusal(
+        raise UserError(
             f"evaluate.tasks needs lm-evaluation-harness, which is not installed; install it with  {INSTALL}  or "
             "leave evaluate.tasks out"
         )
@@ -55,7 +55,7 @@ def tasks_folder() -> Path:
 
 
 def definition(task: str) -> Path:
-    """The YAML file that defines `task`; a Refusal that offers the nearest names when there is none."""
+    """The YAML file that defines `task`; a UserError that offers the nearest names when there is none."""
     folder = tasks_folder()
     known = folder / FILES[task] if task in FILES else None
     if known is not None and known.is_file():
@@ -64,13 +64,13 @@ def definition(task: str) -> Path:
     if task not in names:
         close = difflib.get_close_matches(task.strip().lower(), [*SUITES, *names], n=3, cutoff=0.6)
         offered = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-        raise Refusal(
+        raise UserError(
             f"evaluate.tasks: lm-evaluation-harness has no task {task!r}{offered} The suites are {', '.join(SUITES)}"
         )
     kind, path = names[task]
     if kind != "task":
         what = "a group of tasks; name its tasks one by one" if kind == "group" else "written in Python, not YAML"
-        raise Refusal(f"evaluate.tasks: {task!r} is {what}: see {path}")
+        raise UserError(f"evaluate.tasks: {task!r} is {what}: see {path}")
     return path
 
 
@@ -122,8 +122,8 @@ def pin_tasks(config: EvaluateConfig) -> EvaluateConfig:
             continue
         try:
             revisions[task] = resolve_commit("dataset", dataset, revisions.get(task))
-        except Refusal as refusal:
-            raise Refusal(
+        except UserError as refusal:
+            raise UserError(
                 f"evaluate.tasks: {task} has no file in evaluate.task_data, and {refusal}; or name a local file: "
                 f"evaluate.task_data: {{{task}: PATH}}"
             ) from None
@@ -141,7 +141,7 @@ def tasks_identity(config: EvaluateConfig, cache_dir: Path | None) -> dict[str, 
         if task in config.task_data:
             files = files_of(config, task)
             if not files:
-                raise Refusal(f"evaluate.task_data.{task}: names no file; write a path, or {{validation: PATH}}")
+                raise UserError(f"evaluate.task_data.{task}: names no file; write a path, or {{validation: PATH}}")
             found[task] = {split: check_file(path, task, cache_dir) for split, path in files.items()}
         else:
             found[task] = config.task_revisions.get(task, "")
@@ -152,7 +152,7 @@ def tasks_identity(config: EvaluateConfig, cache_dir: Path | None) -> dict[str, 
 
 
 def load_task(config: EvaluateConfig, task: str) -> Any:
-    """The harness's ConfigurableTask of `task`, its documents read. Refusal when they cannot be had or used.
+    """The harness's ConfigurableTask of `task`, its documents read. UserError when they cannot be had or used.
 
     The caller silences and seeds: a task may draw from the global random states while it is built.
     """
@@ -167,17 +167,17 @@ def load_task(config: EvaluateConfig, task: str) -> Any:
         fields["dataset_kwargs"] = {**(fields.get("dataset_kwargs") or {}), "revision": config.task_revisions[task]}
     try:
         built = ConfigurableTask(config=fields)
-    except Refusal:
+    except UserError:
         raise
     except Exception as error:  # of datasets, the hub, Jinja, or the task's own functions
         name = type(error).__name__
         if files:
             where = ", ".join(str(path) for path in files.values())
-            raise Refusal(
+            raise UserError(
                 f"evaluate.task_data.{task}: {where} does not fit the harness's task: {name}: {first_line(error)}; "
                 f"it is read by {definition(task)}"
             ) from error
-        raise Refusal(
+        raise UserError(
             f"evaluate.tasks: {task} could not be loaded from the hub ({fields.get('dataset_path')}): {name}: "
             f"{first_line(error)}; or name a local file: evaluate.task_data: {{{task}: PATH}}"
         ) from error
@@ -190,7 +190,7 @@ def load_task(config: EvaluateConfig, task: str) -> Any:
         _refuse_missing_fields(built, task, files)
     shots, spare = built.get_config("num_fewshot"), 0 if "train" in files else 1
     if files and shots and (examples := len(built.fewshot_docs())) < shots + spare:
-        raise Refusal(
+        raise UserError(
             f"evaluate.num_fewshot={shots}: the files of {task} hold {examples} documents to take examples from"
             f"{', the question itself among them' if spare else ''}; lower it, or give a larger train split"
         )
@@ -211,7 +211,7 @@ def _refuse_missing_fields(built: Any, task: str, files: Mapping[str, Path]) -> 
                 read.add(template)  # the name of a column
     missing = sorted(read - set(built.features))
     if missing:
-        raise Refusal(
+        raise UserError(
             f"evaluate.task_data.{task}: {', '.join(str(path) for path in files.values())} does not fit the harness's "
             f"task: it reads {', '.join(map(repr, missing))}, and the file has {', '.join(built.features)}"
         )
@@ -225,7 +225,7 @@ def _use_files(fields: dict[str, Any], files: Mapping[str, Path], task: str) -> 
     evaluated = "test" if fields.get("test_split") else "validation"
     by_split = {evaluated if split == EVALUATED else split: path for split, path in files.items()}
     if not by_split.keys() & {"validation", "test"}:
-        raise Refusal(f"evaluate.task_data.{task}: has a train split alone; add the validation or the test split")
+        raise UserError(f"evaluate.task_data.{task}: has a train split alone; add the validation or the test split")
     rows = {split: read_rows(path, task) for split, path in by_split.items()}
     for split in SPLITS:
         fields[names[split]] = split if split in rows else None

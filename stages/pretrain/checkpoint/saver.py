@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from lazypipe.stages.contract import Context, Refusal
+from lazypipe.stages.contract import Context, UserError
 from lazypipe.stages.pretrain.checkpoint.directory import (
     CHECKPOINT_MANIFEST,
     commit_checkpoint,
@@ -96,7 +96,7 @@ class CheckpointSaver:
         newest = self._together(lambda: newest_checkpoint(self.folder, warn) if context.rank == 0 else None)[0]
         seen = self._together(lambda: None if newest is None else _manifest_digest(newest))
         if len(set(seen)) > 1:
-            raise Refusal(
+            raise UserError(
                 f"{sum(digest != seen[0] for digest in seen)} of {len(seen)} workers do not see the resume checkpoint "
                 f"{newest} that worker 0 found; all workers must share one storage root"
             )
@@ -201,7 +201,7 @@ class CheckpointSaver:
         prune_checkpoints(committed, self.config.keep_checkpoints, self.config.keep_checkpoint_every)
 
     def _together(self, action: Callable[[], Result]) -> list[Result]:
-        """What `action` returned on each worker; if it failed on one it fails on all: with Refusal if only that was
+        """What `action` returned on each worker; if it failed on one it fails on all: with UserError if only that was
         said, with OSError if the disk did it.
         """
         result, failure, cause = None, None, None
@@ -225,11 +225,11 @@ class CheckpointSaver:
 
 
 def _failure(error: BaseException) -> tuple[type[Exception], str]:
-    """(Refusal, OSError or, of anything else, RuntimeError; what it says): of all workers, where DCP has collected
+    """(UserError, OSError or, of anything else, RuntimeError; what it says): of all workers, where DCP has collected
     their errors.
     """
     errors = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    known = (kind for kind in (Refusal, OSError) if all(isinstance(e, kind) for e in errors))
+    known = (kind for kind in (UserError, OSError) if all(isinstance(e, kind) for e in errors))
     return next(known, RuntimeError), "; ".join(dict.fromkeys(map(str, errors)))
 
 

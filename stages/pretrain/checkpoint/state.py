@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lazypipe.stages.contract import Artifact, Refusal
+from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_FORMAT, CHECKPOINT_MANIFEST, checkpoint_problem
 from lazypipe.stages.pretrain.checkpoint.random_states import random_states, set_random_states
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -135,12 +135,12 @@ def check_resume_checkpoint(directory: Path, identity: Mapping[str, Any]) -> Non
     _refuse_old_format(directory)
     problem = checkpoint_problem(directory, only=(DCP_METADATA, RUN_FILE, HISTORY_FILE))
     if problem is not None:
-        raise Refusal(f"resume checkpoint {directory} is damaged: {problem}; delete it to go on from the one before")
+        raise UserError(f"resume checkpoint {directory} is damaged: {problem}; delete it to go on from the one before")
     run = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
     other = other_identity(run["identity"], identity)
     if other is not None:
         name, before, now = other
-        raise Refusal(
+        raise UserError(
             f"resume checkpoint {directory} was written with {name}={before}, this run has {name}={now}; "
             f"set it back, or delete {directory.parent} to start over"
         )
@@ -165,7 +165,7 @@ def read_resume_checkpoint(
     expected = {name: tuple(tensor.shape) for name, tensor in tensors["model"].items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise Refusal(
+        raise UserError(
             f"resume checkpoint {directory} does not fit the model: {wrong[0]} is {found.get(wrong[0])}, expected "
             f"{expected.get(wrong[0])}; delete {directory.parent} to start over"
         )
@@ -201,7 +201,7 @@ class _Writer(FileSystemWriter):
 def _refuse_old_format(directory: Path) -> None:
     manifest = json.loads((directory / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format", 1) != CHECKPOINT_FORMAT:
-        raise Refusal(
+        raise UserError(
             f"resume checkpoint {directory} has format {manifest.get('format', 1)}, this version reads "
             f"{CHECKPOINT_FORMAT}; delete {directory.parent} to start over, or finish with the version that wrote it"
         )

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lazypipe.pipeline.cli import BENCHMARKS, app
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 def test_help_lists_them_and_each_is_there() -> None:
@@ -17,5 +17,5 @@ def test_help_lists_them_and_each_is_there() -> None:
 
 
 def test_an_unknown_one_is_refused_with_the_nearest() -> None:
-    with pytest.raises(Refusal, match="bench kernel: there is no such benchmark; did you mean 'kernels'"):
+    with pytest.raises(UserError, match="bench kernel: there is no such benchmark; did you mean 'kernels'"):
         CliRunner().invoke(app, ["bench", "kernel"], catch_exceptions=False)

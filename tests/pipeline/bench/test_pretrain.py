@@ -9,13 +9,13 @@ import pytest
 
 from lazypipe.pipeline.bench import pretrain as pretrain_bench
 from lazypipe.pipeline.bench.pretrain import interval_rank, main, ratio
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 TINY = ["--turns", "2", "--steps", "2", "--hidden-size", "32", "--num-layers", "1", "--num-heads", "2"]
 TINY += ["--seq-len", "16", "--tokens-per-step", "64", "--micro-batch-size", "2", "--vocab-size", "61"]
 
 
-def test_all_contestants_train_the_same_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_loops_train_the_same_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--mixer", "lazy", "--clock", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["mixer"] for row in found["rows"]] == ["lazy"]
@@ -65,5 +65,5 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
     ],
 )
 def test_bad_options_are_refused(arguments: list[str], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         main([*TINY, *arguments])

@@ -1,4 +1,4 @@
-"""The contestants of `lazypipe bench tokenize` do the same work, and the watch sees memory."""
+"""The loops of `lazypipe bench tokenize` do the same work, and the watch sees memory."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from lazypipe.pipeline.bench.memory_watch import MemoryWatch
 from lazypipe.pipeline.bench.tokenization import Ours, documents, encode_raw, parse, write_corpus
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.tokenizer import train_tokenizer
 
 
@@ -45,6 +45,6 @@ def test_the_watch_sees_what_was_held_for_a_moment():
     ],
 )
 def test_mistakes_on_the_command_line_are_refused(arguments, said):
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         parse(arguments)
     assert parse(["--json", str(Path("a.json"))]).repeats == 5

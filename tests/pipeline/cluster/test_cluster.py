@@ -24,7 +24,7 @@ from lazypipe.pipeline.experiment.document import parse_yaml, read_document
 from lazypipe.pipeline.experiment.schema import compose, load_experiment
 from lazypipe.pipeline.planning.code_version import PROJECT, code_version, sources_digest
 from lazypipe.pipeline.tracking.ui import check_port, served_uri
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.tiny import FinishedRun, clean_environment, lazypipe, write_experiment
 
 DOCUMENT: dict[str, Any] = {"name": "tiny", "variants": {"lazy": {"mixer": "lazy"}}}
@@ -72,7 +72,7 @@ def test_only_named_variables_travel() -> None:
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "file:///a/mlruns", "http://user:secret@host:5000"])
 def test_tracking_that_cannot_travel_is_refused(uri: str) -> None:
-    with pytest.raises(Refusal, match="MLFLOW_TRACKING_URI") as refusal:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as refusal:
         job_place(compose(DOCUMENT), None, {"MLFLOW_TRACKING_URI": uri})
     assert "secret" not in str(refusal.value)
 
@@ -141,7 +141,7 @@ def test_the_start_script_uses_the_interpreter_of_the_workers(tmp_path: Path, fo
     "address", ["", "  ", "auto", "127.0.0.1:8265", "ray://h:10001", "http://", "http://h:x", "ftp://h"]
 )
 def test_submit_needs_the_url_of_a_dashboard(address: str) -> None:
-    with pytest.raises(Refusal, match="Ray dashboard, such as"):
+    with pytest.raises(UserError, match="Ray dashboard, such as"):
         dashboard_url(address)
 
 
@@ -151,13 +151,13 @@ def test_a_dashboard_url_loses_its_slash() -> None:
 
 @pytest.mark.parametrize("address", ["", "head", "ray://h:10001", "http://h:8265", "h:0", "h:70000", ":6379", "h:x"])
 def test_run_cannot_join_what_is_no_cluster_address(address: str) -> None:
-    with pytest.raises(Refusal, match="expected auto"):
+    with pytest.raises(UserError, match="expected auto"):
         check_join(address)
 
 
 def test_run_refuses_an_address_where_nothing_listens() -> None:
     began = time.monotonic()
-    with pytest.raises(Refusal, match="unreachable"):
+    with pytest.raises(UserError, match="unreachable"):
         check_join(f"127.0.0.1:{free_port()}")
     assert time.monotonic() - began < 5
 
@@ -249,19 +249,19 @@ def test_starting_the_mlflow_server_of_ray_cluster_yaml_returns_at_once(tmp_path
 def test_the_ui_refuses_what_it_cannot_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LAZYPIPE_HOME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(Refusal, match="no such database yet"):
+    with pytest.raises(UserError, match="no such database yet"):
         served_uri(str(tmp_path))
     (tmp_path / "mlflow.db").touch()
     assert served_uri(str(tmp_path)) == f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    with pytest.raises(Refusal, match="open http://tracking:5000"):
+    with pytest.raises(UserError, match="open http://tracking:5000"):
         served_uri(str(tmp_path))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        with pytest.raises(Refusal, match="in use"):
+        with pytest.raises(UserError, match="in use"):
             check_port("127.0.0.1", listener.getsockname()[1])
-    with pytest.raises(Refusal, match="expected 1 to 65535"):
+    with pytest.raises(UserError, match="expected 1 to 65535"):
         check_port("127.0.0.1", 0)
 
 

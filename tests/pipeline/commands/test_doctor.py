@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lazypipe.pipeline.commands import doctor
 from lazypipe.pipeline.commands.status import show_status
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 
 @pytest.fixture
@@ -38,5 +38,5 @@ def test_brackets_in_a_path_are_no_markup(
 def test_the_status_of_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
     monkeypatch.delenv("LAZYPIPE_HOME", raising=False)
     (tmp_path / "file").write_text("text")
-    with pytest.raises(Refusal, match="is not a directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         show_status(None, [], str(tmp_path / "file"), False, console)

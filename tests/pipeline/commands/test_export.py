@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lazypipe.model.checkpoint import load_checkpoint
 from lazypipe.pipeline.cli import app
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.tiny import FinishedRun, current_manifest, write_experiment
 
 
@@ -47,17 +47,17 @@ def test_a_stored_variant_becomes_a_folder_that_transformers_loads(finished_run:
 
 def test_what_is_not_stored_is_refused_with_the_command_that_makes_it(tmp_path: Path) -> None:
     config = write_experiment(tmp_path)
-    with pytest.raises(Refusal, match="several variants; choose one with --variant: lazy, standard"):
+    with pytest.raises(UserError, match="several variants; choose one with --variant: lazy, standard"):
         export(config, tmp_path / "out")
-    with pytest.raises(Refusal, match=r"no such variant.*did you mean 'lazy'"):
+    with pytest.raises(UserError, match=r"no such variant.*did you mean 'lazy'"):
         export(config, tmp_path / "out", "--variant", "lasy")
     make = rf"is not stored below .*; train it first: lazypipe run {config} pretrain.lr=0.1 --only pretrain/lazy"
-    with pytest.raises(Refusal, match=make):
+    with pytest.raises(UserError, match=make):
         export(config, tmp_path / "out", "pretrain.lr=0.1", "--variant", "lazy")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(Refusal, match=r"is no model checkpoint: config.json is missing"):
+    with pytest.raises(UserError, match=r"is no model checkpoint: config.json is missing"):
         export(tmp_path / "folder", tmp_path / "out")
-    with pytest.raises(Refusal, match="is a checkpoint folder: --variant"):
+    with pytest.raises(UserError, match="is a checkpoint folder: --variant"):
         export(tmp_path / "folder", tmp_path / "out", "--variant", "lazy")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "output").exists()

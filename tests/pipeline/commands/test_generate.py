@@ -20,9 +20,9 @@ from lazypipe.model.transformer import Transformer
 from lazypipe.pipeline.bench.generate import bench_generate
 from lazypipe.pipeline.cli import app
 from lazypipe.pipeline.commands.generate import GrowingText
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
+from tests.baselines_package import import_baselines_package
 from tests.model.tiny_model import tiny, with_side_text
-from tests.peers_package import import_peers_package
 from tests.pipeline.tiny import FinishedRun, lazypipe
 
 TEXT = "the wind and the whale, naïve café — 鯨 and 🐳; the end of the tale. " * 3
@@ -142,7 +142,7 @@ def test_a_side_sequence_limits_the_length(checkpoints: Path) -> None:
     assert found["max_new_tokens"] == room
     row = found["continuations"][0]
     assert len(row["tokens"]) == room or row["ended"]
-    with pytest.raises(Refusal, match=r"prompt 1 and one new token: .* more than max_seq_len=32"):
+    with pytest.raises(UserError, match=r"prompt 1 and one new token: .* more than max_seq_len=32"):
         said(checkpoints / "random_qk", TEXT)
 
 
@@ -174,19 +174,19 @@ def test_bad_input_is_refused_by_name(checkpoints: Path, tmp_path: Path, argumen
         shutil.copytree(folder / "lazy", folder / name)
     (folder / "bare" / "tokenizer.json").unlink()
     (folder / "torn" / "tokenizer.json").write_text("{}")
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         said(*(argument.format(folder=folder) for argument in arguments))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_peer_is_refused_without_cuda(tmp_path: Path) -> None:
-    import_peers_package()
+def test_a_baseline_is_refused_without_cuda(tmp_path: Path) -> None:
+    import_baselines_package()
     BYTES.save(str(tmp_path / "tokenizer.json"))
     model = build_model(tiny("gla"), BYTES.get_vocab_size())
     save_checkpoint(tmp_path / "gla", model, eos_id=0, tokenizer_json=tmp_path / "tokenizer.json")
-    with pytest.raises(Refusal, match="mixer=gla computes with CUDA kernels"):
+    with pytest.raises(UserError, match="mixer=gla computes with CUDA kernels"):
         said(tmp_path / "gla", TEXT)
-    with pytest.raises(Refusal, match="mixer=gla computes with CUDA kernels"):
+    with pytest.raises(UserError, match="mixer=gla computes with CUDA kernels"):
         bench_generate([str(tmp_path / "gla")])
 
 
@@ -205,13 +205,13 @@ def test_an_experiment_and_a_variant_name_a_stored_model(finished_run: FinishedR
     assert (result.returncode, result.stdout) == (0, f"the{row['text']}\n"), result.stderr
     assert "tokens/s" in result.stderr
 
-    with pytest.raises(Refusal, match="several variants; choose one with --variant: lazy, standard"):
+    with pytest.raises(UserError, match="several variants; choose one with --variant: lazy, standard"):
         said(finished_run.config, "the")
-    with pytest.raises(Refusal, match=r"--variant lasy: .* did you mean 'lazy'"):
+    with pytest.raises(UserError, match=r"--variant lasy: .* did you mean 'lazy'"):
         said(finished_run.config, "the", "--variant", "lasy")
     other = ["--variant", "lazy", "--set", "pretrain.lr=0.5"]
     with pytest.raises(
-        Refusal, match=r"pretrain/lazy is not stored below .*; train it first: lazypipe run .* pretrain"
+        UserError, match=r"pretrain/lazy is not stored below .*; train it first: lazypipe run .* pretrain"
     ):
         said(finished_run.config, "the", *other)
     result = lazypipe("generate", finished_run.config, "the", *other)
@@ -228,9 +228,9 @@ def test_the_benchmark_times_both_ways(checkpoints: Path) -> None:
     assert found["mixers"] == ["random_qk"]
     table = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout.splitlines()
     assert table[0].startswith("random_qk, cpu with") and len(table) == 4
-    with pytest.raises(Refusal, match="--prompt-tokens and --new-tokens: 40 tokens are more than max_seq_len=32"):
+    with pytest.raises(UserError, match="--prompt-tokens and --new-tokens: 40 tokens are more than max_seq_len=32"):
         CliRunner().invoke(app, [*arguments, "--prompt-tokens", "36"], catch_exceptions=False)
-    with pytest.raises(Refusal, match="--batch 0"):
+    with pytest.raises(UserError, match="--batch 0"):
         CliRunner().invoke(app, [*arguments, "--batch", "0"], catch_exceptions=False)
 
 

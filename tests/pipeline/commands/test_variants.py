@@ -1,10 +1,10 @@
-"""`lazypipe variants`: every name an experiment file can use for a mixer, a peer or a pattern."""
+"""`lazypipe variants`: every name an experiment file can use for a mixer, a baseline or a pattern."""
 
 import json
 
 from typer.testing import CliRunner
 
-from lazypipe.model.config import MIXERS, PEERS
+from lazypipe.model.config import BASELINES, MIXERS
 from lazypipe.model.pattern import PATTERNS
 from lazypipe.pipeline.cli import app
 
@@ -12,10 +12,10 @@ from lazypipe.pipeline.cli import app
 def test_mixers_and_patterns_are_listed_for_people_and_programs() -> None:
     lines = CliRunner().invoke(app, ["variants"]).stdout.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert listed == [*MIXERS, *PATTERNS, *PEERS]
+    assert listed == [*MIXERS, *PATTERNS, *BASELINES]
     assert max(map(len, lines)) <= 120
     assert json.loads(CliRunner().invoke(app, ["variants", "--json"]).stdout) == {
         "mixers": MIXERS,
         "patterns": PATTERNS,
-        "peers": PEERS,
+        "baselines": BASELINES,
     }

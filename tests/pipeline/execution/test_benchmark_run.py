@@ -16,7 +16,7 @@ from lazypipe.pipeline.execution.backends import Capacity, demand_of
 from lazypipe.pipeline.experiment.schema import compose, load_experiment, task_files
 from lazypipe.pipeline.planning.plan import build_nodes
 from lazypipe.pipeline.planning.preflight import inspect_sources
-from lazypipe.stages.contract import Context, Refusal
+from lazypipe.stages.contract import Context, UserError
 from lazypipe.stages.evaluate.benchmarks.run import run_tasks
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from tests.pipeline.tiny import FinishedRun, current_manifest, lazypipe, mlflow_runs
@@ -118,7 +118,7 @@ def test_a_prompt_length_the_model_cannot_take_is_refused() -> None:
     document = compact(tasks=["piqa"], max_length=512, context_lengths=[64])
     document["variants"] = {"random": {"mixer": "random_qk"}}
     document["sparsity"] = {"seq_len": 64}
-    with pytest.raises(Refusal, match=r"evaluate.max_length of variants.random: 512 tokens are more than"):
+    with pytest.raises(UserError, match=r"evaluate.max_length of variants.random: 512 tokens are more than"):
         compose(document)
 
 
@@ -130,10 +130,10 @@ def test_workers_hold_what_the_stage_holds() -> None:
     demand = demand_of(node, experiment, Capacity(8, 8, 4, 4))
     assert (demand.cpus, demand.gpus, demand.task_cpus, demand.task_gpus) == (6, 4, 2, 1)
     with pytest.raises(
-        Refusal, match=r"evaluate.task_workers=3 and the stage itself, \(1 \+ 3\) x 1 = 4 GPU asked for, but 2"
+        UserError, match=r"evaluate.task_workers=3 and the stage itself, \(1 \+ 3\) x 1 = 4 GPU asked for, but 2"
     ):
         demand_of(node, experiment, Capacity(8, 2, 4, 2))
-    with pytest.raises(Refusal, match=r"evaluate.task_workers=3 x 2 = 6 CPU asked for, but 4"):
+    with pytest.raises(UserError, match=r"evaluate.task_workers=3 x 2 = 6 CPU asked for, but 4"):
         demand_of(node, experiment, Capacity(4, 8, 4, 4))
 
 

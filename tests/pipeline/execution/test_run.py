@@ -57,8 +57,8 @@ def test_a_run_leaves_a_parent_and_a_child_per_stage(finished_run: FinishedRun) 
     assert sorted(point.step for point in losses) == list(range(1, 61))
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert {"report.html", "report.md", "experiment.yaml", "plan.json"} <= artifacts
-    pictures = {a.path for a in client.list_artifacts(children["sparsity/lazy"].info.run_id, "figures")}
-    assert "figures/tau_heat_map.png" in pictures
+    figures = {a.path for a in client.list_artifacts(children["sparsity/lazy"].info.run_id, "figures")}
+    assert "figures/tau_heat_map.png" in figures
     models = client.search_logged_models([lazy.info.experiment_id])
     assert {m.name for m in models} == {"lazy", "standard"}
 

@@ -16,7 +16,7 @@ from lazypipe.pipeline.execution.execute import StageTask
 from lazypipe.pipeline.planning.plan import Selection
 from lazypipe.pipeline.store.lease import living_holder
 from lazypipe.pipeline.store.store import Store
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.execution.fake_scheduler import FakeBackend, commit_task, fail, make_walk, small_nodes, walked
 from tests.pipeline.store.filled_store import ALL, filled
 
@@ -105,7 +105,7 @@ def test_workers_of_a_fraction_of_a_gpu_are_counted_without_losing_one_to_roundi
 def test_what_the_machine_cannot_hold_is_refused_before_anything_starts(tmp_path: Path) -> None:
     backend = FakeBackend()
     sections = {"resources": {"evaluate": {"gpus": 1}}}
-    with pytest.raises(Refusal, match=r"resources\.evaluate\.gpus 1 GPU on one node, asked for, but 0 present"):
+    with pytest.raises(UserError, match=r"resources\.evaluate\.gpus 1 GPU on one node, asked for, but 0 present"):
         walked(Store(tmp_path), backend, sections=sections)
     assert backend.started == []
 
@@ -135,11 +135,11 @@ def test_a_refusal_at_the_start_is_a_failure_of_that_stage_alone(tmp_path: Path)
     class Refusing(FakeBackend):
         def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:
             if task.node_id == "pretrain/lazy":
-                raise Refusal("resources.pretrain.workers=2: --local trains in one process")
+                raise UserError("resources.pretrain.workers=2: --local trains in one process")
             super().submit(task, input_paths, demand)
 
     done = walked(Store(tmp_path), Refusing())
-    assert isinstance(done.outcomes["pretrain/lazy"].error, Refusal)
+    assert isinstance(done.outcomes["pretrain/lazy"].error, UserError)
     assert done.states()["evaluate/lazy"] == "blocked" and done.states()["sparsity/standard"] == "done"
 
 

@@ -19,7 +19,7 @@ from lazypipe.pipeline.execution import scheduler as walk_module
 from lazypipe.pipeline.execution.execute import LeaseLostError, StageTask
 from lazypipe.pipeline.store.lease import Holder, myself
 from lazypipe.pipeline.store.store import Entry, Store
-from lazypipe.stages.contract import Interrupted, Refusal
+from lazypipe.stages.contract import Interrupted, UserError
 from tests.pipeline.execution.fake_scheduler import FakeBackend, commit_task, fail, small_nodes, walked
 from tests.pipeline.store.filled_store import commit, filled
 
@@ -96,7 +96,7 @@ def test_without_waiting_a_held_stage_is_refused(
     store = Store(tmp_path)
     lease_to(store.entry("tokenize", nodes["tokenize"].fingerprint), neighbour[1])
     done = walked(store, FakeBackend(), wait=False)
-    assert isinstance(done.outcomes["tokenize"].error, Refusal) and done.states()["pretrain/lazy"] == "blocked"
+    assert isinstance(done.outcomes["tokenize"].error, UserError) and done.states()["pretrain/lazy"] == "blocked"
     assert re.match(r"process .* is executing it now; leave --no-wait out", str(done.outcomes["tokenize"].error))
 
 

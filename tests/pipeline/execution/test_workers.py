@@ -17,7 +17,7 @@ from lazypipe.pipeline.execution.backends import Capacity, demand_of
 from lazypipe.pipeline.execution.ray_train import _cause
 from lazypipe.pipeline.experiment.schema import Experiment, PretrainResources, load_experiment
 from lazypipe.pipeline.planning.plan import Node
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.tiny import clean_environment, current_manifest, mlflow_runs, write_experiment
 
 
@@ -57,7 +57,7 @@ def test_a_range_of_one_is_one_worker(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_number_of_workers_is_refused(tmp_path: Path, override: str, expected: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         experiment(tmp_path, f"resources.pretrain.{override}")
     assert expected in str(refusal.value)
 
@@ -67,20 +67,20 @@ def test_a_range_holds_what_there_is_room_for(tmp_path: Path) -> None:
     four_nodes = Capacity(16, 0, 4, 0, nodes=((4, 0),) * 4)
     assert demand_of(node(found), found, four_nodes).cpus == 12  # one worker of 3 cores on each node of 4
     assert demand_of(node(found), found, Capacity(64, 0, 64, 0, nodes=((64, 0),))).cpus == 24
-    with pytest.raises(Refusal, match="2 workers x 3 = 6 CPU asked for, but 4 present"):
+    with pytest.raises(UserError, match="2 workers x 3 = 6 CPU asked for, but 4 present"):
         demand_of(node(found), found, Capacity(4, 0, 4, 0, nodes=((4, 0),)))
 
 
 def test_workers_that_only_fit_across_two_nodes_are_refused(tmp_path: Path) -> None:
     """9 cores for 3 workers of 3 are there, but 4 + 4 + 1: Ray Train would wait for ever."""
     found = experiment(tmp_path, "resources.pretrain={workers: 3, cpus_per_worker: 3}")
-    with pytest.raises(Refusal, match="3 workers of 3 CPU and 0 GPU, 3 workers asked for, but 2 present"):
+    with pytest.raises(UserError, match="3 workers of 3 CPU and 0 GPU, 3 workers asked for, but 2 present"):
         demand_of(node(found), found, Capacity(9, 0, 4, 0, nodes=((4, 0), (4, 0), (1, 0))))
 
 
 def test_the_dead_are_named_before_those_who_lost_them() -> None:
-    ends = {0: RuntimeError("Connection closed by peer"), 1: RuntimeError("The actor died unexpectedly\nmore")}
-    assert _cause(ends) == "worker 1: The actor died unexpectedly; worker 0: Connection closed by peer"
+    ends = {0: RuntimeError("Connection closed by baseline"), 1: RuntimeError("The actor died unexpectedly\nmore")}
+    assert _cause(ends) == "worker 1: The actor died unexpectedly; worker 0: Connection closed by baseline"
     unwell = RuntimeError("A worker health check failed.")
     unwell.health_check_failure = ends[1]  # type: ignore[attr-defined]
     assert _cause({0: unwell}) == "worker 0: The actor died unexpectedly"

@@ -17,7 +17,7 @@ from lazypipe.pipeline.experiment.document import (
     parse_yaml,
     read_document,
 )
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 
 SCALARS = (
     st.none()
@@ -101,7 +101,7 @@ def test_values_are_those_of_yaml_1_2(text: str, value: Any) -> None:
     ],
 )
 def test_what_cannot_be_an_experiment_is_refused_in_one_line(text: str, expected: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         parse_yaml(text, "here.yaml")
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -113,7 +113,7 @@ def test_what_cannot_be_an_experiment_is_refused_in_one_line(text: str, expected
 def test_any_text_parses_or_is_refused(text: str) -> None:
     try:
         parse_yaml(text, "text")
-    except Refusal as refusal:
+    except UserError as refusal:
         assert str(refusal).startswith("text")
 
 
@@ -168,19 +168,21 @@ def test_extends_understands_the_home_directory(tmp_path: Path, monkeypatch: pyt
 def test_a_wrong_parent_is_refused(tmp_path: Path, parent: str, expected: str) -> None:
     write(tmp_path / "base.yaml", parent)
     leaf = write(tmp_path / "leaf.yaml", "extends: base.yaml")
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         read_document(leaf)
     assert expected in str(refusal.value)
 
 
 def test_a_file_that_extends_itself_is_a_circle(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="goes in a circle"):
+    with pytest.raises(UserError, match="goes in a circle"):
         read_document(write(tmp_path / "a.yaml", "extends: ./a.yaml"))
 
 
 def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     write(tmp_path / "quickstart.yaml", "name: x")
-    with pytest.raises(Refusal, match=r"quickstrat\.yaml: no such experiment file; did you mean 'quickstart\.yaml'\?"):
+    with pytest.raises(
+        UserError, match=r"quickstrat\.yaml: no such experiment file; did you mean 'quickstart\.yaml'\?"
+    ):
         read_document(tmp_path / "quickstrat.yaml")
 
 
@@ -188,7 +190,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
     for name in ("latin.yaml", "loop.yaml", "."):
-        with pytest.raises(Refusal):
+        with pytest.raises(UserError):
             read_document(tmp_path / name)
 
 
@@ -252,7 +254,7 @@ def test_overrides_are_applied_in_order(overrides: list[str], expected: dict[str
     ],
 )
 def test_a_wrong_override_is_refused_and_quoted(override: str, expected: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         apply_overrides({"a": {"b": 1, "c": 2}, "l": [1, 2]}, [override])
     assert expected in str(refusal.value)
     assert repr(override) in str(refusal.value)

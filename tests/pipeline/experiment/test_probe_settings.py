@@ -11,7 +11,7 @@ from lazypipe.pipeline.planning.fingerprint import identity
 from lazypipe.pipeline.planning.plan import Selection, decide
 from lazypipe.pipeline.planning.preflight import check_lengths
 from lazypipe.pipeline.store.store import Store
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from tests.pipeline.store.filled_store import SMALL, commit, nodes_of
 
@@ -49,7 +49,7 @@ def test_what_is_off_is_not_in_the_recipe() -> None:
 def test_bad_settings_are_refused_by_name(override: str, message: str) -> None:
     side: dict[str, Any] = {"mixer": "random_qk", "evaluate": {"context_lengths": [16]}}
     document = {**SMALL, "sparsity": {"seq_len": 64}, "variants": {"side": side}}
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         compose(apply_overrides(document, [override]))
 
 
@@ -57,7 +57,7 @@ def test_a_length_beyond_the_validation_split_is_refused_before_training(tmp_pat
     nodes = nodes_of(evaluate={"probes": {"lengths": [64, 2_000_000]}})
     store = Store(tmp_path)
     corpus = commit(store, nodes, "tokenize")
-    with pytest.raises(Refusal, match=r"evaluate/lazy: evaluate\.probes\.lengths=2000000 needs 2000001 tokens"):
+    with pytest.raises(UserError, match=r"evaluate/lazy: evaluate\.probes\.lengths=2000000 needs 2000001 tokens"):
         check_lengths(decide(nodes, store, Selection()), corpus)
 
 

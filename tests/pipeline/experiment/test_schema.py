@@ -26,10 +26,11 @@ from lazypipe.pipeline.experiment.schema import (
     resolve_root,
     source_files,
 )
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
+from lazypipe.stages.data.sources import FilesSource
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.registry import STAGE_CONFIGS
-from lazypipe.stages.tokenization.config import FilesSource, TokenizeConfig
+from lazypipe.stages.tokenization.config import TokenizeConfig
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 SMALL: dict[str, Any] = {
@@ -98,10 +99,10 @@ def test_ablations_of_the_section_reach_the_hybrids_only() -> None:
     assert asked == {"lazy": (), "standard": (), "half": ("skip",)}
     assert small(variants={"half": {**variants["half"], "evaluate": {"ablations": ["skip"]}}}).variants
     with pytest.raises(
-        Refusal, match=r"variants.lazy.evaluate.ablations: \['skip'\] takes out .* is lazy; they are for hybrids"
+        UserError, match=r"variants.lazy.evaluate.ablations: \['skip'\] takes out .* is lazy; they are for hybrids"
     ):
         small(variants={"lazy": {"mixer": "lazy", "evaluate": {"ablations": ["skip"]}}})
-    with pytest.raises(Refusal, match=r"variants.lazy.evaluate.ablations: must be a list"):
+    with pytest.raises(UserError, match=r"variants.lazy.evaluate.ablations: must be a list"):
         small(variants={"lazy": {"mixer": "lazy", "evaluate": {"ablations": "skip"}}})
 
 
@@ -159,7 +160,7 @@ def test_hub_names_that_are_directories_or_can_only_be_paths_become_absolute(
     assert names(hub("~/corpus", "./t")) == ("/home/somebody/corpus", str(tmp_path / "t"))
     remote = hub("some/dataset", "gpt2")
     assert names(remote) == ("some/dataset", "gpt2") and source_files(remote.tokenize) == []
-    with pytest.raises(Refusal, match=r"tokenize\.source\.dataset: must have at least 1 character"):
+    with pytest.raises(UserError, match=r"tokenize\.source\.dataset: must have at least 1 character"):
         hub("", "gpt2")
 
 
@@ -180,7 +181,7 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LAZYPIPE_HOME", str(tmp_path / "from_environment"))
     assert resolve_root(experiment, "from_option") == tmp_path / "from_environment"
     monkeypatch.delenv("LAZYPIPE_HOME")
-    with pytest.raises(Refusal, match="choose another with --root"):
+    with pytest.raises(UserError, match="choose another with --root"):
         resolve_root(None, "~there_is_no_such_user/x")
 
 
@@ -282,7 +283,7 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
 def test_a_mistake_gets_one_sentence(tmp_path: Path, override: str, expected: str) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(SMALL), encoding="utf-8")
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         load_experiment(path, [override])
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -293,18 +294,18 @@ def test_a_root_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "output"
     file.write_text("text")
     for root in (file, file / "below"):
-        with pytest.raises(Refusal, match=r"the root '.*' is not a directory: .*output is a file.*--root"):
+        with pytest.raises(UserError, match=r"the root '.*' is not a directory: .*output is a file.*--root"):
             resolve_root(None, str(root))
     assert resolve_root(None, str(tmp_path / "new" / "root")) == tmp_path / "new" / "root"
 
 
 def test_several_mistakes_are_counted() -> None:
-    with pytest.raises(Refusal, match=r"pretrain\.steps: .* \(and 1 more\)"):
+    with pytest.raises(UserError, match=r"pretrain\.steps: .* \(and 1 more\)"):
         small(pretrain={**SMALL["pretrain"], "steps": 0, "lr": "x"})
 
 
 def test_relative_and_empty_paths_do_not_turn_into_the_working_directory() -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         small(tokenize={"tokenizer": {"kind": "file", "path": ""}})
     experiment = small(tokenize={"source": {"kind": "files", "paths": ["./x/../y.txt"]}})
     assert source_files(experiment.tokenize) == [os.path.join(os.getcwd(), "y.txt")]  # noqa: PTH109, PTH118
@@ -333,7 +334,7 @@ def test_compose_returns_an_experiment_or_a_refusal(tree: dict[str, Any], sectio
     for document in (tree, {**SMALL, section: value}):
         try:
             assert compose(document).variants
-        except Refusal as refusal:
+        except UserError as refusal:
             assert "\n" not in str(refusal)
 
 
@@ -346,5 +347,5 @@ def test_so_it_does_with_variants_and_sources(variant: dict[str, Any], source: d
     for document in ({**SMALL, "variants": {"a": variant}}, {**SMALL, "tokenize": {"source": source}}):
         try:
             assert compose(document).variants
-        except Refusal as refusal:
+        except UserError as refusal:
             assert "\n" not in str(refusal)

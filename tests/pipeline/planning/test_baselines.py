@@ -1,4 +1,4 @@
-"""An experiment with a peer: refused before any work where it cannot run, planned where it can."""
+"""An experiment with a baseline: refused before any work where it cannot run, planned where it can."""
 
 from __future__ import annotations
 
@@ -7,38 +7,40 @@ from typing import Any
 
 import pytest
 
-from lazypipe.model.config import PEERS
+from lazypipe.model.config import BASELINES
 from lazypipe.pipeline.experiment.schema import compose
 from lazypipe.pipeline.planning.plan import Selection, decide
-from lazypipe.pipeline.planning.preflight import check_peers
+from lazypipe.pipeline.planning.preflight import check_baselines
 from lazypipe.pipeline.store.store import Store
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.store.filled_store import SMALL, nodes_of
 from tests.pipeline.tiny import lazypipe, write_experiment
 
 GPUS = {"pretrain": {"gpus_per_worker": 1}, "evaluate": {"gpus": 1}}
 
 
-def with_peer(mixer: str, resources: dict[str, Any]) -> dict[str, Any]:
+def with_baseline(mixer: str, resources: dict[str, Any]) -> dict[str, Any]:
     return {**SMALL, "variants": {"standard": {}, "other": {"mixer": mixer}}, "resources": resources}
 
 
-@pytest.mark.parametrize("mixer", PEERS)
-def test_a_peer_without_gpus_is_refused_and_with_gpus_planned(mixer: str) -> None:
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_a_baseline_without_gpus_is_refused_and_with_gpus_planned(mixer: str) -> None:
     for resources, key in [({}, "pretrain.gpus_per_worker"), ({"pretrain": GPUS["pretrain"]}, "evaluate.gpus")]:
-        with pytest.raises(Refusal, match=rf"variants.other.mixer={mixer} .* CUDA GPUs only, but resources.{key} is 0"):
-            compose(with_peer(mixer, resources))
-    assert compose(with_peer(mixer, GPUS)).variants["other"].pretrain.model.mixer == mixer
+        with pytest.raises(
+            UserError, match=rf"variants.other.mixer={mixer} .* CUDA GPUs only, but resources.{key} is 0"
+        ):
+            compose(with_baseline(mixer, resources))
+    assert compose(with_baseline(mixer, GPUS)).variants["other"].pretrain.model.mixer == mixer
 
 
 def test_a_missing_package_is_refused_for_what_would_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = {"standard": {}, "other": {"mixer": "gla"}}
     plan = decide(nodes_of(variants=variants, resources=GPUS), Store(tmp_path), Selection())
-    monkeypatch.setattr("lazypipe.model.config.PEER_PACKAGE", "a_package_nobody_has")
-    with pytest.raises(Refusal, match=r"pretrain/other: mixer=gla .* pip install 'lazypipe\[peers\]'"):
-        check_peers(plan)
+    monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
+    with pytest.raises(UserError, match=r"pretrain/other: mixer=gla .* pip install 'lazypipe\[baselines\]'"):
+        check_baselines(plan)
     plan = decide(nodes_of(variants=variants, resources=GPUS), Store(tmp_path), Selection(only=("pretrain/standard",)))
-    check_peers(plan)
+    check_baselines(plan)
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

@@ -14,7 +14,7 @@ from lazypipe.model.sizes import SIZES
 from lazypipe.pipeline.cli import app
 from lazypipe.pipeline.experiment.schema import compose
 from lazypipe.pipeline.planning.costs import Vocabulary, cost_rows, vocabulary
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.config import HubTokenizer, TokenizeConfig
 from tests.pipeline.tiny import write_experiment
 from tests.test_imports import loaded_by
@@ -55,12 +55,12 @@ def test_costs_of_small_models_by_hand() -> None:
     assert rows["lazy"]["training_flops_per_token"] == training_flops_per_token(model, 50, 32, 2)
 
 
-def test_a_peer_is_said_to_be_estimated_by_its_standard_model(tmp_path: Path) -> None:
+def test_a_baseline_is_said_to_be_estimated_by_its_standard_model(tmp_path: Path) -> None:
     config = write_experiment(tmp_path)
-    assert "that a peer is matched to" not in invoked("plan", config).stdout
+    assert "that a baseline is matched to" not in invoked("plan", config).stdout
     gpus = ("resources.pretrain={gpus_per_worker: 1}", "resources.evaluate={gpus: 1}")
     text = invoked("plan", config, "variants.other={mixer: gla}", *gpus).stdout
-    assert "other: the numbers of the standard model that a peer is matched to, not its own" in text
+    assert "other: the numbers of the standard model that a baseline is matched to, not its own" in text
 
 
 def test_an_unknown_vocabulary_bounds_or_hides_what_depends_on_it(tmp_path: Path) -> None:
@@ -79,12 +79,12 @@ def test_an_unknown_vocabulary_bounds_or_hides_what_depends_on_it(tmp_path: Path
 
 def test_a_hub_out_of_reach_does_not_hide_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object) -> str:
-        raise Refusal("no network")
+        raise UserError("no network")
 
     monkeypatch.setattr("lazypipe.stages.data.hub.resolve_commit", unreachable)
     config = write_experiment(tmp_path)
     result = invoked("plan", config, "tokenize={source: {kind: hub, dataset: a/b}, tokenizer: {kind: hub, name: a/b}}")
-    assert isinstance(result.exception, Refusal) and "<=" in result.stdout and "65,536 tokens" in result.stdout
+    assert isinstance(result.exception, UserError) and "<=" in result.stdout and "65,536 tokens" in result.stdout
 
 
 def test_sizes_are_printed_for_people_and_programs() -> None:

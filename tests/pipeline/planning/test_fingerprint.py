@@ -15,10 +15,12 @@ from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.schema import load_experiment
 from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint, flatten, identity, operational_fields
 from lazypipe.stages.config import StageConfig, operational
+from lazypipe.stages.data.sources import FilesSource, HubSource
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import STAGE_CONFIGS, ReportConfig
-from lazypipe.stages.tokenization.config import FilesSource, FileTokenizer, HubSource, TokenizeConfig, TrainTokenizer
+from lazypipe.stages.registry import STAGE_CONFIGS
+from lazypipe.stages.report.config import ReportConfig
+from lazypipe.stages.tokenization.config import FileTokenizer, TokenizeConfig, TrainTokenizer
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 RECIPE: dict[str, Any] = {"stage": "pretrain", "version": 1, "config": {}, "source": {}, "inputs": {}}

@@ -11,7 +11,7 @@ import pytest
 from lazypipe.pipeline.experiment.schema import compose
 from lazypipe.pipeline.planning.plan import Decision, Node, Selection, build_nodes, decide, explain
 from lazypipe.pipeline.store.store import MANIFEST, Store
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.store.filled_store import ALL, SMALL, SOURCE, commit, filled, nodes_of, running
 
 
@@ -224,7 +224,7 @@ def test_only_repairs_what_it_needs(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, selection: Selection, expected: str) -> None:
-    with pytest.raises(Refusal, match=expected):
+    with pytest.raises(UserError, match=expected):
         decide(nodes_of(), Store(tmp_path), selection)
 
 

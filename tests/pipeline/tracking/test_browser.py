@@ -1,4 +1,4 @@
-"""The MLflow UI in a real headless browser shows the run tree, metrics and pictures of a finished run."""
+"""The MLflow UI in a real headless browser shows the run tree, metrics and figures of a finished run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def wait_for(browser: WebDriver, *texts: str, seconds: float = 90) -> None:
 
 
 @needs_browser
-def test_the_ui_shows_the_tree_the_metrics_and_the_pictures(
+def test_the_ui_shows_the_tree_the_metrics_and_the_figures(
     ui: str, browser: WebDriver, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     runs = {r.info.run_name: r.info for r in mlflow_runs(finished_run.root)}
@@ -108,9 +108,9 @@ def test_the_ui_shows_the_tree_the_metrics_and_the_pictures(
     wait_for(browser, "layer_0", "pretrain/lazy (sparsity/layer_0)")  # charts further down are drawn when scrolled to
     browser.save_screenshot(str(shots / "metrics.png"))
 
-    picture = f"{ui}/#/experiments/{experiment}/runs/{runs['sparsity/lazy'].run_id}/artifacts/figures/tau_heat_map.png"
-    browser.get(picture)
+    figure = f"{ui}/#/experiments/{experiment}/runs/{runs['sparsity/lazy'].run_id}/artifacts/figures/tau_heat_map.png"
+    browser.get(figure)
     width = "return Math.max(0, ...[...document.querySelectorAll('img')].map(i => i.naturalWidth))"
     WebDriverWait(browser, 90).until(lambda b: b.execute_script(width) > 300)
     wait_for(browser, "tau_heat_map.png")
-    browser.save_screenshot(str(shots / "picture.png"))
+    browser.save_screenshot(str(shots / "figure.png"))

@@ -17,7 +17,7 @@ from lazypipe.pipeline.store import lease
 from lazypipe.pipeline.store.store import Store
 from lazypipe.pipeline.tracking.tracker import Tracker
 from lazypipe.pipeline.tracking.uri import probe
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from tests.pipeline.tiny import write_experiment
 
 
@@ -199,5 +199,5 @@ def test_the_end_of_a_stage_is_said_again_when_the_server_did_not_take_it(
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "http://127.0.0.1:9", "http://no.such.host.invalid"])
 def test_tracking_that_cannot_work_is_refused(uri: str) -> None:
-    with pytest.raises(Refusal, match=r"MLflow tracking URI"):
+    with pytest.raises(UserError, match=r"MLflow tracking URI"):
         probe(uri)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.batches import count_windows, permuted, read_window, training_batch, validation_windows
 from lazypipe.stages.data.shards import DOCUMENTS_SCHEMA, ShardWriter, TokenShards, write_documents
 
@@ -105,5 +105,5 @@ def test_read_window(shards):
 def test_no_window_is_refused_with_the_numbers(shards):
     split = shards(10)
     for call in (lambda: training_batch(split, 10, 0, 0, 1), lambda: validation_windows(split, 10, 4)):
-        with pytest.raises(Refusal, match=r"train.*holds 10 tokens.*seq_len=10 needs 11.*lower seq_len"):
+        with pytest.raises(UserError, match=r"train.*holds 10 tokens.*seq_len=10 needs 11.*lower seq_len"):
             call()

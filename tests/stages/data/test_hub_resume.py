@@ -9,7 +9,7 @@ import pytest
 import lazypipe.stages.data.hub as hub
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.hub import copy_to_parquet
-from lazypipe.stages.tokenization.config import HubSource
+from lazypipe.stages.data.sources import HubSource
 from tests.stages.tokenization.test_stage import story
 
 

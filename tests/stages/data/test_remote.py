@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import lazypipe.stages.data.remote as remote
 import lazypipe.stages.data.source_files as source_files
-from lazypipe.stages.contract import Refusal, file_sha256
+from lazypipe.stages.contract import UserError, file_sha256
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.identity import check_source, corpus_fingerprint, source_identity
 from lazypipe.stages.tokenization.upload import check_target, copy_corpus
@@ -98,16 +98,16 @@ def test_what_is_not_there_is_refused_by_name(base, path, said):
     if said is None:
         assert check_source(config, None).files == 1
         return
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         check_source(config, None)
 
 
 def test_uris_that_mean_nothing_or_hold_a_secret():
     with pytest.raises(
-        Refusal, match=r"source.paths: 'ftp://host/a.txt' cannot be opened: .*Known are local paths, file://, s3://"
+        UserError, match=r"source.paths: 'ftp://host/a.txt' cannot be opened: .*Known are local paths, file://, s3://"
     ):
         check_source(TokenizeConfig(source=source("ftp://host/a.txt")), None)
-    with pytest.raises(Refusal, match=r"source.paths: 's3://...@bucket/a.txt' holds a password") as error:
+    with pytest.raises(UserError, match=r"source.paths: 's3://...@bucket/a.txt' holds a password") as error:
         check_source(TokenizeConfig(source=source("s3://key:secret@bucket/a.txt")), None)
     assert "secret@" not in str(error.value)
     with pytest.raises(ValidationError, match="copy_to=/data is not a URI; give one such as"):
@@ -120,7 +120,7 @@ def test_a_bucket_that_does_not_answer_is_named_as_the_user_wrote_it(monkeypatch
 
     monkeypatch.setattr("lazypipe.stages.data.remote.filesystem_of", silent)
     said = r"source.paths: 's3://bucket/x/\*.txt' cannot be reached: AWS Error NETWORK_CONNECTION.*credentials"
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         check_source(TokenizeConfig(source=source("s3://bucket/x/*.txt")), None)
 
 
@@ -167,5 +167,5 @@ def test_a_copy_is_whole_and_nothing_is_sent_twice(tmp_path, base):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match=r"tokenize.copy_to: 'file://.*file/x' cannot be reached"):
+    with pytest.raises(UserError, match=r"tokenize.copy_to: 'file://.*file/x' cannot be reached"):
         check_target(f"file://{tmp_path}/file/x")

@@ -14,7 +14,7 @@ from lazypipe.model.config import ModelConfig
 from lazypipe.model.mixers import SideInputs
 from lazypipe.model.rope import rope_tables
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Artifact, Refusal
+from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.ablation import ablated
 from lazypipe.stages.evaluate.config import EvaluateConfig
@@ -98,7 +98,7 @@ def test_an_error_inside_leaves_the_model_whole() -> None:
 @pytest.mark.parametrize(("mixer", "pattern"), [("lazy", "uniform"), ("standard", "even")])
 def test_a_uniform_model_is_refused(mixer: str, pattern: str) -> None:
     model = hybrid(mixer, pattern)
-    with pytest.raises(Refusal, match=f"every layer of this model is {mixer}"), ablated(model, "skip"):
+    with pytest.raises(UserError, match=f"every layer of this model is {mixer}"), ablated(model, "skip"):
         pass
 
 

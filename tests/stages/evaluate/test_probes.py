@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Interrupted, Refusal
+from lazypipe.stages.contract import Interrupted, UserError
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate import probes
 from lazypipe.stages.evaluate.config import PROBES, ProbesConfig
@@ -186,9 +186,9 @@ def test_bad_settings_are_refused_at_once(fields: dict[str, Any], message: str) 
 
 def test_a_small_vocabulary_is_refused() -> None:
     refuse_small_vocabulary(config_of(), 13)
-    with pytest.raises(Refusal, match=r"recall takes 10 different tokens \(pairs=3.* only 9 stand for text"):
+    with pytest.raises(UserError, match=r"recall takes 10 different tokens \(pairs=3.* only 9 stand for text"):
         refuse_small_vocabulary(config_of(segment_tokens=2), 9)
-    with pytest.raises(Refusal, match="induction takes 13 different tokens"):
+    with pytest.raises(UserError, match="induction takes 13 different tokens"):
         refuse_small_vocabulary(config_of(), 12)
 
 

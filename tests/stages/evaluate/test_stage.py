@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.stages.contract import Artifact, Interrupted, Outputs, Refusal
+from lazypipe.stages.contract import Artifact, Interrupted, Outputs, UserError
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate import perplexity
 from lazypipe.stages.evaluate import stage as evaluate
@@ -129,7 +129,7 @@ def test_a_length_without_a_window_is_refused_by_name_before_compute(corpus: Art
     trained = Artifact(tmp_path / "absent", {"facts": {"seq_len": SEQ_LEN}, "metrics": {}})
     tokens = corpus.facts["splits"]["validation"]["tokens"]
     for length in (tokens, 10 * tokens):
-        with pytest.raises(Refusal, match=rf"context_lengths holds {length}, .* has {tokens} tokens"):
+        with pytest.raises(UserError, match=rf"context_lengths holds {length}, .* has {tokens} tokens"):
             evaluated(corpus, trained, tmp_path, context_lengths=[16, length])
 
 
@@ -173,7 +173,7 @@ def test_extrapolation_and_probes_beside_the_rest(corpus: Artifact, trained: Art
 
 def test_probes_that_want_more_tokens_than_there_are_are_refused(corpus: Artifact, tmp_path: Path) -> None:
     trained = Artifact(tmp_path / "absent", {"facts": {"seq_len": SEQ_LEN}, "metrics": {}})
-    with pytest.raises(Refusal, match=r"recall takes 301 different tokens \(pairs=100.* ask for less"):
+    with pytest.raises(UserError, match=r"recall takes 301 different tokens \(pairs=100.* ask for less"):
         evaluated(corpus, trained, tmp_path, probes={"lengths": [400], "pairs": 100})
 
 

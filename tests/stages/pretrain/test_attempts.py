@@ -16,7 +16,7 @@ def test_attempts_are_numbered_and_know_how_the_last_one_ended(tmp_path: Path) -
     begin_attempt(one, 20)
     begin_attempt(one, 40)  # nobody lived to say why
     begin_attempt(two, 40)
-    end_attempt(one.scratch_dir, RuntimeError("connection closed by peer"))
+    end_attempt(one.scratch_dir, RuntimeError("connection closed by baseline"))
     end_attempt(one.scratch_dir, "worker 1: the actor died")  # who knows more speaks last
     attempts = begin_attempt(two, 60)
     assert attempts == read_attempts(one.scratch_dir)

@@ -1,4 +1,4 @@
-"""Peers in the stages on a machine without CUDA: refused before anything is computed, analysed as without attention."""
+"""Baselines in the stages on a machine without CUDA: refused before any compute, analysed as without attention."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pydantic import ValidationError
 
 from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
-from lazypipe.model.config import PEERS
-from lazypipe.stages.contract import Artifact, Refusal
+from lazypipe.model.config import BASELINES
+from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import kernel_used
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import SparsityConfig
 from lazypipe.stages.sparsity import stage as sparsity
-from tests.peers_package import import_peers_package
+from lazypipe.stages.sparsity.config import SparsityConfig
+from tests.baselines_package import import_baselines_package
 from tests.stages.pretrain.toy_training import context_in, tiny_run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 @pytest.fixture(scope="module")
 def trained(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """As if trained on a GPU."""
-    import_peers_package()
+    import_baselines_package()
     directory, config = tmp_path_factory.mktemp("gla"), tiny_run("gla")
     model = build_model(config.model, corpus.facts["vocab_size"])
     tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
@@ -37,11 +37,11 @@ def trained(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artif
 
 
 def test_neither_trained_nor_evaluated(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"mixer=gla computes with CUDA .*resources\.evaluate\.gpus: 1"):
+    with pytest.raises(UserError, match=r"mixer=gla computes with CUDA .*resources\.evaluate\.gpus: 1"):
         pretrain.run(tiny_run("gla"), {"tokenize": corpus}, context_in(tmp_path / "pretrain"))
     inputs = {"tokenize": corpus, "pretrain": trained}
     context = context_in(tmp_path / "evaluate")
-    with pytest.raises(Refusal, match="mixer=gla computes with CUDA"):
+    with pytest.raises(UserError, match="mixer=gla computes with CUDA"):
         evaluate.run(EvaluateConfig(context_lengths=(16,)), inputs, context)
     assert list(context.output_dir.iterdir()) == []
 
@@ -55,15 +55,15 @@ def test_analysed_as_a_model_without_attention_weights(corpus: Artifact, trained
 def test_without_the_package_every_stage_says_how_to_install_it(
     corpus: Artifact, trained: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazypipe.model.config.PEER_PACKAGE", "a_package_nobody_has")
+    monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
     inputs = {"tokenize": corpus, "pretrain": trained}
-    with pytest.raises(Refusal, match=r"pip install 'lazypipe\[peers\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lazypipe\[baselines\]'"):
         evaluate.run(EvaluateConfig(context_lengths=(16,)), inputs, context_in(tmp_path / "evaluate"))
-    with pytest.raises(Refusal, match=r"pip install 'lazypipe\[peers\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lazypipe\[baselines\]'"):
         sparsity.run(SparsityConfig(windows=2, seq_len=16), inputs, context_in(tmp_path / "sparsity"))
 
 
-@pytest.mark.parametrize("mixer", PEERS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_documents_are_masked_by_those_that_can(mixer: str) -> None:
     fields = {"model": {"mixer": mixer}, "document_masking": True}
     if mixer != "mamba2":

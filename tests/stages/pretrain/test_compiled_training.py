@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from lazypipe.model.checkpoint import load_checkpoint
 from lazypipe.model.config import MIXERS
-from lazypipe.stages.contract import Artifact, Interrupted, Refusal
+from lazypipe.stages.contract import Artifact, Interrupted, UserError
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import check_compiler
 from tests.stages.pretrain.toy_training import context_in, tiny_run
@@ -28,7 +28,7 @@ def losses_of(directory: Path) -> list[float]:
 def compiler() -> None:
     try:
         check_compiler(tiny_run("standard", compile=True), CPU)
-    except Refusal as missing:
+    except UserError as missing:
         pytest.skip(str(missing))
 
 
@@ -102,11 +102,11 @@ def test_two_workers_compile_what_one_does(
 @pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
 def test_a_missing_compiler_is_named(device: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "no-such-compiler")
-    with pytest.raises(Refusal, match=f"the compiler {variable}=no-such-compiler is missing; install it, or .*false"):
+    with pytest.raises(UserError, match=f"the compiler {variable}=no-such-compiler is missing; install it, or .*false"):
         check_compiler(tiny_run("standard", compile=True), torch.device(device))
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(Refusal, match=r"a compiler, g(\+\+|cc or clang), is missing"):
+    with pytest.raises(UserError, match=r"a compiler, g(\+\+|cc or clang), is missing"):
         check_compiler(tiny_run("standard", compile=True), torch.device(device))
     check_compiler(tiny_run("standard"), torch.device(device))
 
@@ -116,5 +116,5 @@ def test_a_missing_compiler_is_refused_before_there_is_a_model(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.delattr(pretrain, "build_model")
-    with pytest.raises(Refusal, match="no-such-compiler"):
+    with pytest.raises(UserError, match="no-such-compiler"):
         pretrain.run(tiny_run("standard", compile=True), {"tokenize": corpus}, context_in(tmp_path))

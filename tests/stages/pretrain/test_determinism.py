@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lazypipe.model.config import MIXERS
-from lazypipe.stages.contract import Artifact, Context, Outputs, Refusal
+from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
 from lazypipe.stages.pretrain import determinism
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -62,9 +62,9 @@ def test_cublas_gets_its_workspace_in_time_or_a_refusal() -> None:
     assert environment == {CUBLAS: ":4096:8"}
     prepare_cublas(environment, initialized=True)
     prepare_cublas({CUBLAS: ":16:8"}, initialized=True)
-    with pytest.raises(Refusal, match="is not set, and this process uses CUDA already; start with"):
+    with pytest.raises(UserError, match="is not set, and this process uses CUDA already; start with"):
         prepare_cublas({}, initialized=True)
-    with pytest.raises(Refusal, match="is ':0:0'; start with CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+    with pytest.raises(UserError, match="is ':0:0'; start with CUBLAS_WORKSPACE_CONFIG=:4096:8"):
         prepare_cublas({CUBLAS: ":0:0"}, initialized=False)
 
 
@@ -72,5 +72,5 @@ def test_on_cuda_the_workspace_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.delenv(CUBLAS, raising=False)
-    with pytest.raises(Refusal, match="uses CUDA already"):
+    with pytest.raises(UserError, match="uses CUDA already"):
         determinism.deterministic_if_asked(pretrain.run)(PretrainConfig(deterministic=True), {}, context_in(tmp_path))

@@ -12,9 +12,9 @@ from lazypipe.stages.contract import Artifact
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import check_kernels, kernel_used
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import SparsityConfig
 from lazypipe.stages.report.findings import findings
 from lazypipe.stages.sparsity import stage as sparsity
+from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.model.mixers.test_lazy_ablations import ABLATIONS
 from tests.stages.pretrain.test_mechanisms import learns_and_resumes
 from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run

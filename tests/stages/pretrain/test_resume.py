@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Context, Refusal
+from lazypipe.stages.contract import Context, UserError
 from lazypipe.stages.pretrain.checkpoint import saver as checkpoint_saver
 from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_MANIFEST, checkpoint_step, newest_checkpoint
 from lazypipe.stages.pretrain.checkpoint.random_states import random_states, set_random_states
@@ -155,7 +155,7 @@ def test_tampered_metadata_is_refused_before_it_is_unpickled(tmp_path: Path, mon
         assert resumed(context)[2].step == 1
     # Even if it is damaged only after worker 0 has verified the checkpoint, as all workers see it.
     monkeypatch.setattr(checkpoint_saver, "newest_checkpoint", lambda *_: newest)
-    with pytest.raises(Refusal, match=r"step-00000002 is damaged: .*/\.metadata has"):
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: .*/\.metadata has"):
         resumed(context)
     assert not trace.exists()
 
@@ -166,13 +166,13 @@ def test_a_checkpoint_of_an_earlier_format_or_of_another_model_is_refused(tmp_pa
         saver.save(model, optimizer, RunState(step=1), IDENTITY, final=True)
         other = Transformer(CONFIG.model.model_copy(update={"num_layers": 1}), 64)
         before = other.embedding.weight.clone()
-        with pytest.raises(Refusal, match=r"does not fit the model: layers\.1\..*expected None; delete"):
+        with pytest.raises(UserError, match=r"does not fit the model: layers\.1\..*expected None; delete"):
             saver.resume(other, build_optimizer(other, CONFIG), IDENTITY)
         assert torch.equal(other.embedding.weight, before)
     manifest = context.scratch_dir / "checkpoints" / "step-00000001" / CHECKPOINT_MANIFEST
     old = {name: value for name, value in json.loads(manifest.read_text()).items() if name != "format"}
     manifest.write_text(json.dumps(old))
-    with pytest.raises(Refusal, match=r"step-00000001 has format 1, this version reads 2; delete .*checkpoints"):
+    with pytest.raises(UserError, match=r"step-00000001 has format 1, this version reads 2; delete .*checkpoints"):
         resumed(context)
 
 
@@ -183,7 +183,7 @@ def test_a_field_that_a_checkpoint_does_not_know_was_at_its_default(tmp_path: Pa
         saver.save(model, optimizer, RunState(step=3), {"seed": 0})
     assert resumed(context, identity)[2].step == 3
     for name, value in (("model.lazy_rope", False), ("document_masking", True), ("seed", 1)):
-        with pytest.raises(Refusal, match=rf"written with {name}={not value}|seed=0, this run has {name}={value}"):
+        with pytest.raises(UserError, match=rf"written with {name}={not value}|seed=0, this run has {name}={value}"):
             resumed(context, {**identity, name: value})
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.stages.contract import Artifact, Refusal
+from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import SparsityConfig
 from lazypipe.stages.sparsity import stage as sparsity
+from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.stages.pretrain.toy_training import context_in, tiny_run
 
 
@@ -38,7 +38,9 @@ def test_a_corpus_shorter_than_the_text_is_refused_before_compute(corpus: Artifa
     config = tiny_run("text_qk")
     model = config.model.model_dump() | {"max_seq_len": 10**6}
     config = PretrainConfig.model_validate(config.model_dump() | {"model": model})
-    with pytest.raises(Refusal, match=r"first max_seq_len=1000000 tokens of the training corpus, which has \d+; lower"):
+    with pytest.raises(
+        UserError, match=r"first max_seq_len=1000000 tokens of the training corpus, which has \d+; lower"
+    ):
         pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path))
 
 
@@ -51,7 +53,7 @@ def test_evaluation_stays_within_the_text(corpus: Artifact, trained: Artifact, t
     rows = json.loads((tmp_path / "output" / "tables" / "continuations.json").read_text())
     assert len(rows) == 2 and all(rows[n]["text"] for n in (0, 1))
     config = EvaluateConfig.model_validate({**fields, "context_lengths": [32, 65]})
-    with pytest.raises(Refusal, match="context_lengths: 65 tokens are more than max_seq_len=64"):
+    with pytest.raises(UserError, match="context_lengths: 65 tokens are more than max_seq_len=64"):
         evaluate.run(config, inputs, context_in(tmp_path))
 
 
@@ -62,5 +64,5 @@ def test_the_untrained_model_has_the_same_text(corpus: Artifact, trained: Artifa
     assert outputs.metrics["surviving_mass"] == pytest.approx(1, abs=1e-6)
     rows = json.loads((tmp_path / "output" / "tables" / "heads.json").read_text())
     assert all(0 < row["untrained_sink"] < 1 and row["untrained_sink"] != row["sink"] for row in rows)
-    with pytest.raises(Refusal, match=r"sparsity\.seq_len: 65 tokens are more than max_seq_len=64"):
+    with pytest.raises(UserError, match=r"sparsity\.seq_len: 65 tokens are more than max_seq_len=64"):
         sparsity.run(config.model_copy(update={"seq_len": 65}), inputs, context_in(tmp_path))

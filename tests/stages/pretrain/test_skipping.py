@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, Refusal
+from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, UserError
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checkpoint.state import RunState
 from lazypipe.stages.pretrain.checks import warn_of_settings
@@ -149,7 +149,7 @@ def test_giving_up_saves_the_last_good_weights_and_says_what_next(
     assert torch.equal(saved["model"]["embedding.weight"], weights_seen[3])
 
     lower = PretrainConfig.model_validate({**config.model_dump(), "lr": 1e-3})
-    with pytest.raises(Refusal, match=r"written with lr=0.01, this run has lr=0.001; set it back, or delete"):
+    with pytest.raises(UserError, match=r"written with lr=0.01, this run has lr=0.001; set it back, or delete"):
         pretrain.run(lower, {"tokenize": corpus}, context)
     with pytest.raises(RuntimeError, match=r"not finite in 4 steps in a row, the last one step 7"):
         pretrain.run(config, {"tokenize": corpus}, context)

@@ -18,7 +18,7 @@ from lazypipe.model.chunked_loss import Losses, losses_of_logits
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.loss import next_token_loss
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, Refusal
+from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import training_batch, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.pretrain import loss as window_losses
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_config_is_refused(
         pretrain.run(tiny_run("standard"), {"tokenize": corpus}, context)
     (context.scratch_dir / "stop").unlink()
     config = tiny_run(**{"mixer": "standard", **change})
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         pretrain.run(config, {"tokenize": corpus}, context)
     # How often it logs or validates is no part of what a run is.
     outputs = pretrain.run(tiny_run("standard", log_every=4, validate_every=3), {"tokenize": corpus}, context)
@@ -285,7 +285,7 @@ def test_a_corpus_without_a_window_is_refused_before_compute(corpus: Artifact, t
     config = tiny_run("standard").model_copy(
         update={"model": type(tiny_run("standard").model)(**model), "seq_len": length, "tokens_per_step": 4 * length}
     )
-    with pytest.raises(Refusal, match=rf"seq_len={length} needs {length + 1}"):
+    with pytest.raises(UserError, match=rf"seq_len={length} needs {length + 1}"):
         train(config, corpus, tmp_path)
     assert not any((tmp_path / "scratch").iterdir())
 

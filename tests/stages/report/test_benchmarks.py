@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lazypipe.stages.contract import Artifact, Context
-from lazypipe.stages.registry import ReportConfig
 from lazypipe.stages.report import stage as report
 from lazypipe.stages.report.benchmarks import benchmarks
+from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.report.sections import Variant
 from tests.stages.report.test_stage import upstream
 from tests.stages.tiny_experiment import context_in

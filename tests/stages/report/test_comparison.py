@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lazypipe.stages.registry import ReportConfig
 from lazypipe.stages.report import stage as report
 from lazypipe.stages.report.comparison import beside_published, published, ranks
+from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.report.seeds import certainty, seed_groups, seed_table
 from tests.stages.report.test_stage import upstream
 from tests.stages.tiny_experiment import context_in

@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.stages import figures as pictures
+from lazypipe.stages import figures
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.registry import ReportConfig, SparsityConfig
 from lazypipe.stages.report import page as report_page
 from lazypipe.stages.report import stage as report
+from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.report.findings import findings
 from lazypipe.stages.report.table import terminal_rows
 from lazypipe.stages.sparsity import stage as sparsity
+from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from tests.stages.pretrain.toy_training import tiny_run, toy_corpus
 from tests.stages.tiny_experiment import context_in
@@ -110,10 +111,10 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
                 for j in range(2)
             ],
         )
-        if number < 2:  # pictures cost most of the time of these tests
-            context.log_figure("attention_layer_0", pictures.new_figure(1, 1))
+        if number < 2:  # figures cost most of the time of these tests
+            context.log_figure("attention_layer_0", figures.new_figure(1, 1))
         if lazy and number < 2:
-            context.log_figure("tau_heat_map", pictures.new_figure(1, 1))
+            context.log_figure("tau_heat_map", figures.new_figure(1, 1))
     return inputs
 
 
@@ -221,7 +222,7 @@ def test_html_is_one_page_without_network_or_script_and_shows_hostile_text_as_it
     assert "<b>bold</b> warning" in page.text
 
 
-def test_markdown_marks_the_best_and_its_pictures_exist(two: tuple[Outputs, Path]) -> None:
+def test_markdown_marks_the_best_and_its_figures_exist(two: tuple[Outputs, Path]) -> None:
     folder = two[1]
     text = (folder / "report.md").read_text(encoding="utf-8")
     lazy = next(line for line in text.splitlines() if line.startswith("| lazy |"))
@@ -235,9 +236,9 @@ def test_markdown_marks_the_best_and_its_pictures_exist(two: tuple[Outputs, Path
     assert "| lazy | 80.64 | 85.12 † |" in text and "| standard | 81.64 | 86.12 † |" in text
     assert "| variant | model.mixer |" in text and "| lazy | lazy |" in text and "| standard | standard |" in text
     assert "ffffffffffff | g0002 | 2026-01-02T03:04:05+00:00" in text and "cccccccccccc with changes" in text
-    pictures_named = re.findall(r"\]\((figures/[^)]*)\)", text)
-    assert len(pictures_named) == 6
-    for name in pictures_named:
+    figures_named = re.findall(r"\]\((figures/[^)]*)\)", text)
+    assert len(figures_named) == 6
+    for name in figures_named:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from lazypipe.pipeline.experiment.schema import load_experiment
 from lazypipe.stages.contract import Artifact
-from lazypipe.stages.registry import SparsityConfig
 from lazypipe.stages.sparsity import stage as sparsity
+from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.stages.tiny_experiment import context_in, pretrained, tokenized, trained_looking
 
 EXPERIMENT = """

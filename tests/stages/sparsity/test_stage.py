@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Artifact, Interrupted, Outputs, Refusal
+from lazypipe.stages.contract import Artifact, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import read_window, validation_windows
 from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.registry import SparsityConfig
 from lazypipe.stages.sparsity import stage as sparsity
+from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.model.tiny_model import sparsity_by_layer
 from tests.stages.tiny_experiment import VOCAB_SIZE, context_in, model_config, pretrained, tokenized, trained_looking
 
@@ -161,7 +161,7 @@ def test_fewer_windows_than_asked_are_used_with_a_warning(tmp_path: Path) -> Non
 
 def test_no_window_is_refused_with_the_numbers(tmp_path: Path) -> None:
     corpus = tokenized(tmp_path / "tokenize", 32)
-    with pytest.raises(Refusal, match=r"32 tokens.*seq_len=32 needs 33"):
+    with pytest.raises(UserError, match=r"32 tokens.*seq_len=32 needs 33"):
         run(tmp_path, corpus, trained_looking("lazy"))
 
 
@@ -177,7 +177,7 @@ def test_diverged_weights_are_refused_by_name(tmp_path: Path, corpus: Artifact) 
     model = trained_looking("lazy")
     with torch.no_grad():
         model.get_parameter("layers.1.mixer.tau")[0] = torch.nan
-    with pytest.raises(Refusal, match=r"layers\.1\.mixer\.tau .*diverged"):
+    with pytest.raises(UserError, match=r"layers\.1\.mixer\.tau .*diverged"):
         run(tmp_path, corpus, model)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.rows import decode_utf8
 from lazypipe.stages.data.source_files import SourceFile
 from lazypipe.stages.tokenization.documents import Layout, cut_into_pieces, plan_units, read_pieces, split_text
@@ -146,7 +146,7 @@ def test_text_files_keep_every_character_but_the_byte_order_mark(tmp_path, name)
 def test_a_bad_line_is_named(tmp_path, line, message, unit_bytes):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n\n{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         documents(path, unit_bytes=unit_bytes)
 
 

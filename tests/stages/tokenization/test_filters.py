@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazypipe.pipeline.planning.fingerprint import identity
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.config import Filters, TokenizeConfig
 from lazypipe.stages.tokenization.filters import DUPLICATE, KEPT, TOO_SHORT, filter_documents
 from lazypipe.stages.tokenization.split import DIGEST_DTYPE
@@ -35,7 +35,7 @@ def test_filters_are_what_a_loop_over_documents_does(texts, min_chars, duplicate
         seen.add(text)
     config = Filters(min_chars=min_chars, exact_duplicates=duplicates)
     if sizes.any() and all(reason != KEPT or not t.strip() for t, reason in zip(texts, expected, strict=True)):
-        with pytest.raises(Refusal, match=r"filters.min_chars=\d: all \d+ documents are shorter"):
+        with pytest.raises(UserError, match=r"filters.min_chars=\d: all \d+ documents are shorter"):
             filter_documents(config, digests, sizes, np.array([len(t) for t in texts]))
         return
     found = filter_documents(config, digests, sizes, np.array([len(t) for t in texts]))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lazypipe.stages.data.source_files as source_files
-from lazypipe.stages.contract import Refusal, file_sha256
+from lazypipe.stages.contract import UserError, file_sha256
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.identity import check_source, corpus_fingerprint, pin, source_identity
 
@@ -24,7 +24,7 @@ def files_config(*paths: object, source: dict | None = None, **fields: object) -
 
 
 def refusal(config: TokenizeConfig, **keywords: int) -> str:
-    with pytest.raises(Refusal) as error:
+    with pytest.raises(UserError) as error:
         check_source(config, None, **keywords)
     return str(error.value)
 
@@ -301,7 +301,7 @@ def test_an_unreachable_hub_is_refused_quickly_and_says_what_was_tried(monkeypat
     hub = {"kind": "hub", "dataset": "some/dataset"}
     for part in ({"source": hub}, {"tokenizer": {"kind": "hub", "name": "some/model"}}):
         began = time.monotonic()
-        with pytest.raises(Refusal, match=r"some/(dataset|model)' could not be found.*http://127.0.0.1:9"):
+        with pytest.raises(UserError, match=r"some/(dataset|model)' could not be found.*http://127.0.0.1:9"):
             source_identity(TokenizeConfig(**part), None)
         assert time.monotonic() - began < 15
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -316,5 +316,5 @@ def test_a_path_to_no_directory_is_refused_without_asking_the_hub(monkeypatch, n
         ({"source": {"kind": "hub", "dataset": name}}, "source.dataset"),
         ({"tokenizer": {"kind": "hub", "name": name}}, "tokenizer.name"),
     ):
-        with pytest.raises(Refusal, match=rf"{key}: there is no such directory: '{name}'"):
+        with pytest.raises(UserError, match=rf"{key}: there is no such directory: '{name}'"):
             pin(TokenizeConfig(**part))

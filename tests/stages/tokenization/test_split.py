@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.split import (
     BOTH,
     DIGEST_DTYPE,
@@ -81,12 +81,12 @@ def test_the_tail_begins_after_a_line_break_when_one_is_near():
 
 @pytest.mark.parametrize("texts", [[], [b"", b""]])
 def test_no_text_is_refused(texts):
-    with pytest.raises(Refusal, match="corpus is empty"):
+    with pytest.raises(UserError, match="corpus is empty"):
         choose(texts, 0.1)
 
 
 def test_a_single_character_is_refused():
-    with pytest.raises(Refusal, match="single character"):
+    with pytest.raises(UserError, match="single character"):
         choose([b"a"], 0.1)
-    with pytest.raises(Refusal, match="single character"):
+    with pytest.raises(UserError, match="single character"):
         list(divide_tail(["🙂".encode()], 4, 0.3))

@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import lazypipe.stages.tokenization.documents as documents
-from lazypipe.stages.contract import Context, Interrupted, Outputs, Refusal, map_serially
+from lazypipe.stages.contract import Context, Interrupted, Outputs, UserError, map_serially
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.stage import run
@@ -220,13 +220,13 @@ def test_invalid_utf8_is_replaced_counted_and_named(tmp_path):
         outputs, output = tokenize(tmp_path / "replace", source)
     assert outputs.facts["invalid_utf8_bytes"] == 4
     assert "caf� au lait, na�ve �� words" in decoded(output, "train") + decoded(output, "validation")
-    with pytest.raises(Refusal, match=r"bad.jsonl' is not UTF-8 at byte 13"):
+    with pytest.raises(UserError, match=r"bad.jsonl' is not UTF-8 at byte 13"):
         tokenize(tmp_path / "refuse", source, invalid_utf8="refuse")
 
 
 def test_invalid_utf8_inside_parquet_is_refused_by_option(tmp_path):
     pq.write_table(pa.table({"text": pa.array([b"fine", b"caf\xe9"], pa.binary())}), tmp_path / "a.parquet")
-    with pytest.raises(Refusal, match=r"a.parquet' holds bytes that are not UTF-8"):
+    with pytest.raises(UserError, match=r"a.parquet' holds bytes that are not UTF-8"):
         tokenize(tmp_path, {"kind": "files", "paths": [str(tmp_path / "a.parquet")]}, invalid_utf8="refuse")
 
 
@@ -243,7 +243,7 @@ def test_eos_spelt_out_in_a_text_is_text_and_a_warning(tmp_path):
 @pytest.mark.parametrize("rows", ['{"text": ""}\n{"text": null}\n', '{"text": " "}\n' * 30])
 def test_rows_without_text_are_an_empty_corpus(tmp_path, rows):
     (tmp_path / "a.jsonl").write_text(rows)
-    with pytest.raises(Refusal, match="corpus is empty"):
+    with pytest.raises(UserError, match="corpus is empty"):
         tokenize(tmp_path, {"kind": "files", "paths": [str(tmp_path / "a.jsonl")]})
 
 
@@ -273,7 +273,7 @@ def test_a_tokenizer_file_brings_its_eos_and_dtype(tmp_path):
     tokens = train.read(0, train.num_tokens)
     assert tokens[-1] == 70_000
     assert "".join(map(chr, tokens[:-1])) == story(1)[: len(tokens) - 1]
-    with pytest.raises(Refusal, match="more than token_dtype=uint16"):
+    with pytest.raises(UserError, match="more than token_dtype=uint16"):
         tokenize(tmp_path / "small", source, tokenizer={"kind": "file", "path": str(path)})
 
 
@@ -293,11 +293,11 @@ def test_a_local_directory_is_a_hub_dataset(tmp_path, monkeypatch, streaming):
     assert len(list((tmp_path / "all/scratch").rglob("text.parquet"))) == (3 if streaming else 1)
     _, output = tokenize(tmp_path / "some", {**source, "max_documents": 10})
     assert sorted(decoded(output, "train") + decoded(output, "validation")) == sorted(texts[:10])
-    with pytest.raises(Refusal, match=r"lacks the text column 'txt'; it has 'id', 'text'; did you mean 'text'"):
+    with pytest.raises(UserError, match=r"lacks the text column 'txt'; it has 'id', 'text'; did you mean 'text'"):
         tokenize(tmp_path / "column", {**source, "text_column": "txt"})
-    with pytest.raises(Refusal, match=r"column 'id' holds '0' \(int\), expected text"):
+    with pytest.raises(UserError, match=r"column 'id' holds '0' \(int\), expected text"):
         tokenize(tmp_path / "number", {**source, "text_column": "id"})
-    with pytest.raises(Refusal, match=r"split 'nope'.*could not be loaded"):
+    with pytest.raises(UserError, match=r"split 'nope'.*could not be loaded"):
         tokenize(tmp_path / "split", {**source, "split": "nope"})
 
 

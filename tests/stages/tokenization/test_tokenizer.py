@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.config import FileTokenizer, HubTokenizer
 from lazypipe.stages.tokenization.tokenizer import (
     check_tokenizer,
@@ -78,7 +78,7 @@ def test_eos_is_the_wanted_the_own_or_a_usual_one(vocabulary, wanted, own, found
 
 
 def test_no_eos_is_refused_with_the_special_tokens():
-    with pytest.raises(Refusal, match=r"special tokens: '<pad>', '<s>'; name one"):
+    with pytest.raises(UserError, match=r"special tokens: '<pad>', '<s>'; name one"):
         find_eos(["a", "<s>"], ["<s>", "<pad>"], None, None)
 
 
@@ -114,7 +114,7 @@ def test_a_sentencepiece_model_without_eos_is_refused(tmp_path):
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=100,
         hard_vocab_limit=False, eos_id=-1, minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(Refusal, match="no end-of-document token"):
+    with pytest.raises(UserError, match="no end-of-document token"):
         check_tokenizer(FileTokenizer(kind="file", path=str(tmp_path / "sp.model")), "uint16")
 
 
@@ -134,7 +134,7 @@ def test_a_local_directory_is_a_hub_name(trained, tmp_path):
 
 
 def test_an_unusable_hub_name_is_refused(tmp_path):
-    with pytest.raises(Refusal, match=r"no tokenizer could be loaded from '.*'"):
+    with pytest.raises(UserError, match=r"no tokenizer could be loaded from '.*'"):
         load_tokenizer(HubTokenizer(kind="hub", name=str(tmp_path)))
 
 

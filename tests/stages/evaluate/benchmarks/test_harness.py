@@ -20,7 +20,7 @@ from lazypipe.model.generate import generate
 from lazypipe.model.transformer import Transformer
 from lazypipe.pipeline.bench import evaluate as harness_bench
 from lazypipe.pipeline.bench.evaluate import save_llama, train_tokenizer
-from lazypipe.stages.contract import Refusal
+from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.benchmarks.harness import HarnessModel
 from lazypipe.stages.evaluate.benchmarks.run import evaluate_task
 from lazypipe.stages.evaluate.benchmarks.suites import SUITES, expand
@@ -175,7 +175,7 @@ def test_sampled_continuations_follow_seed_and_settings_whatever_the_batches(wor
 def test_a_setting_that_generation_would_ignore_is_refused(words: Path, more: dict[str, Any]) -> None:
     requests = instances("generate_until", [("w4 w5", {"until": ["w1"], "max_gen_toks": 4, **more})])
     ((name, value),) = more.items()
-    with pytest.raises(Refusal, match=f"{name}={value}, which would be ignored"):
+    with pytest.raises(UserError, match=f"{name}={value}, which would be ignored"):
         HarnessModel(awake(tiny("standard")), words, EOS).generate_until(requests)
     plain = instances("generate_until", [("w4 w5", {"until": ["w1"], "max_gen_toks": 4, "num_beams": 1})])
     assert HarnessModel(awake(tiny("standard")), words, EOS).generate_until(plain)
@@ -264,5 +264,5 @@ def test_the_benchmark_command(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     ],
 )
 def test_the_benchmark_command_refuses_what_it_cannot_time(arguments: list[str], said: str) -> None:
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         harness_bench.main(arguments)

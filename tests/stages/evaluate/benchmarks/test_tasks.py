@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lazypipe.stages.contract import Refusal, file_sha256
+from lazypipe.stages.contract import UserError, file_sha256
 from lazypipe.stages.data import hub
 from lazypipe.stages.evaluate.benchmarks.suites import SUITES, expand
 from lazypipe.stages.evaluate.benchmarks.task_files import FIELDS, read_rows, wikitext_pages
@@ -64,7 +64,7 @@ def test_the_suites_of_the_papers() -> None:
     ],
 )
 def test_names_that_cannot_be_run_are_refused(task: str, said: str) -> None:
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         definition(task)
 
 
@@ -76,7 +76,9 @@ def test_tasks_outside_the_suites_and_their_datasets() -> None:
 
 def test_without_the_harness_the_command_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # noqa: ARG005
-    with pytest.raises(Refusal, match=r"needs lm-evaluation-harness.*pip install -c constraints.txt -e \"\.\[eval\]\""):
+    with pytest.raises(
+        UserError, match=r"needs lm-evaluation-harness.*pip install -c constraints.txt -e \"\.\[eval\]\""
+    ):
         tasks_identity(EvaluateConfig(tasks=("piqa",)), None)
     assert tasks_identity(EvaluateConfig(), None) == {}
 
@@ -126,7 +128,7 @@ def test_hub_datasets_are_pinned_to_a_commit(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(Refusal, match=r"piqa could not be loaded from the hub \(baber/piqa\): ConnectionError.*PATH"):
+    with pytest.raises(UserError, match=r"piqa could not be loaded from the hub \(baber/piqa\): ConnectionError.*PATH"):
         load_task(config, "piqa")
     assert loaded == {"path": "baber/piqa", "name": None, "revision": "c" * 40}
 
@@ -134,7 +136,9 @@ def test_hub_datasets_are_pinned_to_a_commit(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(Refusal, match=r"piqa has no file in evaluate.task_data.*baber/piqa.*task_data: \{piqa: PATH\}"):
+    with pytest.raises(
+        UserError, match=r"piqa has no file in evaluate.task_data.*baber/piqa.*task_data: \{piqa: PATH\}"
+    ):
         pin_tasks(EvaluateConfig(tasks=("piqa",)))
 
 
@@ -168,7 +172,7 @@ def test_files_that_cannot_be_used_are_refused_by_name(
     if content is not None:
         path.write_bytes(content)
     config = EvaluateConfig(tasks=("piqa",), task_data={"piqa": str(path)})
-    with pytest.raises(Refusal, match=said) as refused:
+    with pytest.raises(UserError, match=said) as refused:
         tasks_identity(config, None)
         read_rows(path, "piqa")
     assert name in str(refused.value) and "\n" not in str(refused.value)
@@ -181,7 +185,7 @@ def test_a_file_without_rows_is_refused_when_planned(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("[]")
     pq.write_table(pa.table({"goal": pa.array([], pa.string())}), tmp_path / "none.parquet")
     for name in ("none.json", "none.parquet"):
-        with pytest.raises(Refusal, match=f"{name}' is empty"):
+        with pytest.raises(UserError, match=f"{name}' is empty"):
             tasks_identity(EvaluateConfig(tasks=("piqa",), task_data={"piqa": str(tmp_path / name)}), None)
 
 
@@ -207,7 +211,7 @@ SIQA = {"context": "c", "question": "q", "answerA": "p", "answerB": "q", "answer
     ],
 )
 def test_rows_that_would_give_wrong_numbers_are_refused(task: str, row: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=f"row 1 is no document of {task}: .*{said}"):
+    with pytest.raises(UserError, match=f"row 1 is no document of {task}: .*{said}"):
         read_rows(written(tmp_path / "rows.jsonl", row), task)
 
 
@@ -215,19 +219,21 @@ def test_a_missing_column_is_named_with_what_is_there(tmp_path: Path) -> None:
     without = {key: value for key, value in PIQA.items() if key != "sol2"}
     path = written(tmp_path / "piqa.jsonl", PIQA, without)
     config = EvaluateConfig(tasks=("piqa",), task_data={"piqa": str(path)})
-    with pytest.raises(Refusal, match=r"row 2 lacks 'sol2'; it has goal, sol1, label, and piqa needs goal, sol1, sol2"):
+    with pytest.raises(
+        UserError, match=r"row 2 lacks 'sol2'; it has goal, sol1, label, and piqa needs goal, sol1, sol2"
+    ):
         tasks_identity(config, None)
 
 
 def test_a_task_without_known_fields_is_checked_when_it_is_built(tmp_path: Path) -> None:
     path = written(tmp_path / "anatomy.jsonl", {"question": "q", "choices": ["a", "b", "c", "d"]})
     config = EvaluateConfig(tasks=("mmlu_anatomy",), task_data={"mmlu_anatomy": str(path)})
-    with pytest.raises(Refusal, match=r"anatomy.jsonl does not fit the harness's task"):
+    with pytest.raises(UserError, match=r"anatomy.jsonl does not fit the harness's task"):
         load_task(config, "mmlu_anatomy")
     written(path, {"question": "q", "choices": ["a", "b", "c", "d"], "subject": "anatomy", "answer": 2})
     assert len(load_task(config, "mmlu_anatomy").eval_docs) == 1
     written(path, {"question": "q"}, {"question": "q", "answer": 1})
-    with pytest.raises(Refusal, match="row 2: 'answer' is in this row and not in row 1"):
+    with pytest.raises(UserError, match="row 2: 'answer' is in this row and not in row 1"):
         load_task(config, "mmlu_anatomy")
 
 
@@ -299,8 +305,8 @@ def test_few_shot_examples_come_from_the_train_split(tmp_path: Path) -> None:
     built.build_all_requests()
     assert built.instances[0].args[0] == "Question: shown\nAnswer: b\n\nQuestion: g\nAnswer:"
     too_many = EvaluateConfig(tasks=("piqa",), task_data={"piqa": str(asked)}, num_fewshot=1)
-    with pytest.raises(Refusal, match="num_fewshot=1: the files of piqa hold 1 documents"):
+    with pytest.raises(UserError, match="num_fewshot=1: the files of piqa hold 1 documents"):
         load_task(too_many, "piqa")
     only_train = EvaluateConfig.model_validate({"tasks": ["piqa"], "task_data": {"piqa": {"train": str(shown)}}})
-    with pytest.raises(Refusal, match="has a train split alone"):
+    with pytest.raises(UserError, match="has a train split alone"):
         load_task(only_train, "piqa")
