@@ -10,20 +10,12 @@ from pydantic import BaseModel
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.schema import PretrainResources, StageResources, Storage
+from lazypipe.stages.data.sources import EmbeddedSource, FilesSource, HubSource
 from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig, ProbesConfig
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.sparsity.config import SparsityConfig
-from lazypipe.stages.tokenization.config import (
-    EmbeddedSource,
-    FilesSource,
-    FileTokenizer,
-    Filters,
-    HubSource,
-    HubTokenizer,
-    TokenizeConfig,
-    TrainTokenizer,
-)
+from lazypipe.stages.tokenization.config import FileTokenizer, Filters, HubTokenizer, TokenizeConfig, TrainTokenizer
 
 HEAD = """# The experiment file, field by field
 
