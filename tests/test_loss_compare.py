@@ -55,7 +55,8 @@ def test_another_commit_is_trained_from_its_own_tree(
     repository = tmp_path / "repository"
     for package in ("kernels", "model", "stages"):
         shutil.copytree(PROJECT / package, repository / package, ignore=shutil.ignore_patterns("__pycache__"))
-    optimizer = repository / "stages" / "optimizer.py"
+    shutil.copytree(PROJECT / "lazypipe", repository / "lazypipe", symlinks=True)
+    optimizer = repository / "stages" / "pretrain" / "optimizer.py"
     text = optimizer.read_text(encoding="utf-8")
     assert "eps=config.adam_eps" in text
     optimizer.write_text(text.replace("eps=config.adam_eps", "eps=2 * config.adam_eps"), encoding="utf-8")

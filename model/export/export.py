@@ -3,7 +3,7 @@
     config.json, generation_config.json     for AutoConfig and generate()
     model.safetensors                       the checkpoint's weights, float32
     tokenizer.json, tokenizer_config.json   for AutoTokenizer; as trained on: it adds no special tokens
-    configuration_lazypipe.py,              copies of model/huggingface/, which need torch and transformers alone
+    configuration_lazypipe.py,              copies of those beside this file, which need torch and transformers alone
     modeling_lazypipe.py
     README.md                               the model card
 

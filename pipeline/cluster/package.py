@@ -35,7 +35,7 @@ if [ ! -x "$python" ]; then
   python=python3
 fi
 echo "interpreter: $python"
-exec "$python" -m pipeline run "$@"
+exec "$python" -m lazypipe run "$@"
 """
 
 

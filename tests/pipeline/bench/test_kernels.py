@@ -27,7 +27,7 @@ def half_values(q, k, v, bias, tau):
 def test_small_run(tmp_path, capsys):
     sizes = ["--length", "64", "--heads", "2", "--head-dim", "16", "--window", "8", "--steep-share", "0.5"]
     files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
-    peer = ["--peer", "tests.kernels.test_bench:half_values"]
+    peer = ["--peer", "tests.pipeline.bench.test_kernels:half_values"]
     assert main([*sizes, *files, *peer, "--device", "cpu", "--repeats", "3", "--no-memory"]) == 0
     record = json.loads((tmp_path / "b.json").read_text())
     assert {r["mode"] for r in record["results"]} == {"forward", "train", "decode"}

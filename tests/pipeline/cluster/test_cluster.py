@@ -90,11 +90,11 @@ def test_the_package_holds_the_code_and_one_resolved_document(tmp_path: Path) ->
     write_job_package(experiment, package)
     assert compose(read_document(package / "experiment.yaml")) == experiment
     assert experiment.variants["lazy"].pretrain.steps == 7 and experiment.variants["lazy"].pretrain.lr == 0.5
-    assert {p.name for p in package.iterdir()} == {*PACKAGES, "experiment.yaml", "code_version.json", "job.sh"}
+    assert {p.name for p in package.iterdir()} == {"lazypipe", "experiment.yaml", "code_version.json", "job.sh"}
     assert sum(p.stat().st_size for p in package.rglob("*.*")) < 4 * 2**20
     # Every file of the packages travels: a forgotten template would fail on the cluster only.
     ours = {p for name in PACKAGES for p in (PROJECT / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    shipped = {p.relative_to(package) for p in package.rglob("*") if p.is_file()}
+    shipped = {p.relative_to(package / "lazypipe") for p in (package / "lazypipe").rglob("*") if p.is_file()}
     assert {p.relative_to(PROJECT) for p in ours} <= shipped
 
 
@@ -130,7 +130,7 @@ def test_the_start_script_uses_the_interpreter_of_the_workers(tmp_path: Path, fo
         text=True,
         check=False,
     )
-    assert f"ran {interpreter}: -m pipeline run experiment.yaml --root /x" in result.stdout, result
+    assert f"ran {interpreter}: -m lazypipe run experiment.yaml --root /x" in result.stdout, result
     assert result.returncode == 7
 
 
