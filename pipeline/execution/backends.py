@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from lazypipe.pipeline.execution.execute import MapFunction, StageTask, execute_stage, map_in_processes, sigterm_saves
 from lazypipe.pipeline.experiment.schema import Experiment, PretrainResources, StageResources
+from lazypipe.pipeline.planning.code_version import PROJECT
 from lazypipe.pipeline.planning.plan import Node
 from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.evaluate.config import EvaluateConfig
@@ -168,6 +172,7 @@ class RayBackend:
     def __init__(
         self, address: str | None, nodes: Mapping[str, Node], to_run: Collection[str], experiment: Experiment
     ) -> None:
+        self._empty: TemporaryDirectory[str] | None = None
         own = address is None
         if address is None:
             # Our own cluster is local and takes a token of its own, so that no other user's process joins it.
@@ -184,7 +189,7 @@ class RayBackend:
 
         self._ray = ray
         try:
-            with signal_handlers_kept():
+            with signal_handlers_kept(), working_directory(self._worker_directory()):
                 ray.init(
                     address="local" if own else address,
                     include_dashboard=False if own else None,
@@ -212,6 +217,19 @@ class RayBackend:
         self.dag = self._declare(nodes, demands)
         self._declared = _declared_nodes(self.dag)
         self._running: dict[Any, str] = {}
+
+    def _worker_directory(self) -> Path:
+        """The directory that ray.init puts first on the module path of its workers: an empty one, kept until `close`.
+
+        In the user's own, a model.py, a kernels/ or another checkout of this project would be imported in place of what
+        is installed. Where this process itself imports lazypipe from its working directory (`python -m lazypipe` in a
+        checkout), the workers need that one.
+        """
+        here = Path.cwd()
+        if Path(sys.path[0]).resolve() == here == PROJECT:  # an empty entry is the working directory
+            return here
+        self._empty = TemporaryDirectory(prefix="lazypipe-workers-", ignore_cleanup_errors=True)
+        return Path(self._empty.name)
 
     def _declare(self, nodes: Mapping[str, Node], demands: Mapping[str, Demand]) -> Any:
         """The experiment as a Ray DAG: `InputNode[node id]` carries each node's StageTask."""
@@ -257,6 +275,18 @@ class RayBackend:
 
     def close(self) -> None:
         self._ray.shutdown()
+        if self._empty is not None:
+            self._empty.cleanup()
+
+
+@contextmanager
+def working_directory(directory: Path) -> Iterator[None]:
+    here = Path.cwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 @contextmanager

@@ -64,11 +64,19 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return environment | {"OMP_NUM_THREADS": "2", "COLUMNS": "200"} | extra
 
 
-def lazypipe(*arguments: str | Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "lazypipe", *map(str, arguments)]
+def lazypipe(
+    *arguments: str | Path, timeout: float = 240, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, in `folder` or in the checkout."""
+    command = [str(Path(sys.executable).with_name("lazypipe")), *map(str, arguments)]
     return subprocess.run(
-        command, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=folder,
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

@@ -174,3 +174,10 @@ def test_two_runs_at_once_on_a_fresh_root_share_the_work(tmp_path: Path) -> None
     assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
     executed = [r.info.run_name for r in mlflow_runs(tmp_path / "output") if r.info.run_name != "tiny"]
     assert sorted(executed) == ["pretrain/standard", "tokenize"]
+
+
+def test_files_of_the_user_are_not_taken_for_ours(finished_run: FinishedRun) -> None:
+    """The run's working directory holds a model.py, a kernels.py, ...: neither the driver nor a worker imports them."""
+    folder = finished_run.config.parent
+    assert (folder / "model.py").exists()
+    assert sorted(path.name for path in folder.glob("*.imported")) == []
