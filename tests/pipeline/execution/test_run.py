@@ -177,7 +177,7 @@ def test_two_runs_at_once_on_a_fresh_root_share_the_work(tmp_path: Path) -> None
 
 
 def test_files_of_the_user_are_not_taken_for_ours(finished_run: FinishedRun) -> None:
-    """The run's working directory holds a model.py, a kernels.py, ...: neither the driver nor a worker imports them."""
+    """The run's working directory holds a model.py, a lazypipe/, ...: neither the driver nor a worker imports them."""
     folder = finished_run.config.parent
     assert (folder / "model.py").exists()
-    assert sorted(path.name for path in folder.glob("*.imported")) == []
+    assert sorted(path.name for path in folder.rglob("*.imported")) == []
