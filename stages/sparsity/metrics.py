@@ -79,13 +79,13 @@ def near_zero(rows: Rows) -> Sums:
 
 @metric()
 def surviving_mass(rows: Rows) -> Sums:
-    """Mean over queries of sum_j A_ij; 1 for softmax. It splits into `first_token_mass` and `rest_mass`."""
+    """Mean over queries of sum_j A_ij; 1 for softmax. It splits into `sink` and `rest_mass`."""
     return rows.weights.sum((-2, -1)), float(len(rows.causal))
 
 
 @metric()
-def first_token_mass(rows: Rows) -> Sums:
-    """The part of the surviving mass that lies on the first token of the window."""
+def sink(rows: Rows) -> Sums:
+    """mean_i A_i1: the mass on the first token of the window (the sink score of "Deconstructing Attention")."""
     return rows.weights[..., 0].sum(-1), float(len(rows.causal))
 
 
@@ -99,12 +99,6 @@ def rest_mass(rows: Rows) -> Sums:
 def zero_mass_rows(rows: Rows) -> Sums:
     """Share of queries whose whole row is exactly zero."""
     return (rows.weights == 0).all(-1).sum(-1), float(len(rows.causal))
-
-
-@metric()
-def sink(rows: Rows) -> Sums:
-    """mean_i A_i1, attention on the first token (the sink score of "Deconstructing Attention")."""
-    return first_token_mass(rows)
 
 
 @metric(finish=total)

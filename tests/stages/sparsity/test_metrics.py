@@ -30,15 +30,13 @@ def oracle(matrix: list[list[float]]) -> dict[str, float]:
         for row, mass in zip(matrix, masses, strict=True)
         if mass > 0
     ]
-    first = math.fsum(row[0] for row in matrix) / length
     return {
         "sparsity": sum(matrix[i][j] == 0 for i, j in pairs) / len(pairs),
         "near_zero": sum(matrix[i][j] < 1e-6 / (i + 1) for i, j in pairs) / len(pairs),
         "surviving_mass": math.fsum(masses) / length,
-        "first_token_mass": first,
+        "sink": math.fsum(row[0] for row in matrix) / length,
         "rest_mass": math.fsum(a for row in matrix for a in row[1:]) / length,
         "zero_mass_rows": sum(mass == 0 for mass in masses) / length,
-        "sink": first,
         "entropy": -math.fsum(a * math.log(a) for row in matrix for a in row if a > 0),
         "row_entropy": math.fsum(row_entropies) / len(row_entropies) if row_entropies else math.nan,
         "concentration": math.sqrt(math.fsum(a * a for row in matrix for a in row)),

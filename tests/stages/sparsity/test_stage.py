@@ -61,7 +61,7 @@ def test_standard_attention_has_no_exact_zero_and_all_of_its_mass(standard: Fini
     metrics, facts = standard.outputs.metrics, standard.outputs.facts
     assert metrics["sparsity"] == 0 and metrics["untrained_sparsity"] == 0 and metrics["zero_mass_rows"] == 0
     assert metrics["surviving_mass"] == pytest.approx(1, abs=1e-6)
-    assert metrics["first_token_mass"] + metrics["rest_mass"] == pytest.approx(metrics["surviving_mass"], abs=1e-12)
+    assert metrics["sink"] + metrics["rest_mass"] == pytest.approx(metrics["surviving_mass"], abs=1e-12)
     assert not any(name.startswith(("tau", "bias")) for name in metrics)
     assert facts["windows"] == 4 and facts["mixer"] == "standard"
     assert standard.figures == {"sparsity_by_layer", "sink_by_layer", "attention_layer_0", "attention_layer_1"}
