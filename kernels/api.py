@@ -34,7 +34,6 @@ def lazy_attention(
     scale: float | None = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
-    deterministic: bool = ...,
 ) -> Tensor: ...
 @overload
 def lazy_attention(
@@ -49,7 +48,6 @@ def lazy_attention(
     scale: float | None = ...,
     backend: str = ...,
     return_stats: Literal[True],
-    deterministic: bool = ...,
 ) -> tuple[Tensor, LazyStats]: ...
 def lazy_attention(
     q: Tensor,
@@ -63,7 +61,6 @@ def lazy_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_stats: bool = False,
-    deterministic: bool = False,  # noqa: ARG001  (every backend already is)
 ) -> Tensor | tuple[Tensor, LazyStats]:
     """Causal attention with a learnable distance bias and Elastic-Softmax (Lazy Attention, arXiv 2601.00919).
 
@@ -83,10 +80,9 @@ def lazy_attention(
     scale         of the dot products, 1 / sqrt(D) when None.
     backend       auto (triton on CUDA, blockwise elsewhere), reference, blockwise or triton.
     return_stats  also return a `lazypipe.kernels.stats.LazyStats`, which carries no gradient.
-    deterministic  forbid any reduction whose order may change from run to run. No backend has one: no kernel uses
-                  atomics, so this costs nothing and results do not depend on it.
 
     Returns the output [B, Hq, Lq, D] in q's dtype, or (output, stats). Differentiable in q, k, v, bias and tau, once.
+    Results repeat bitwise on the same device: no kernel uses atomics, and every reduction has a fixed order.
     Raises ValueError or TypeError naming the argument that does not fit.
     """
     check_arguments(q, k, v, bias, tau, cu_seqlens, position_offset, backend)

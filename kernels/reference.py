@@ -4,12 +4,15 @@ This is the oracle the other backends are tested against. It runs in any float d
 in float32, or in float64 when the inputs are float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lazypipe.kernels.stats import LazyStats, block_any
 
 BLOCK_SIZE = (128, 128)
+LOG2_E = math.log2(math.e)  # the other backends take exponentials to base 2: exp(s) = 2^(s LOG2_E)
 
 
 def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -28,6 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+METRICS_FILE = "metrics.jsonl"
+PROGRESS_FILE = "progress.json"
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -111,7 +114,7 @@ class Context:
         """Write the lines of `log_metrics` that wait in memory; OSError, with nothing of them on disk, if it cannot."""
         if not self._unwritten:
             return
-        with (self.output_dir / "metrics.jsonl").open("ab", buffering=0) as file:
+        with (self.output_dir / METRICS_FILE).open("ab", buffering=0) as file:
             size = file.tell()
             if file.write(self._unwritten) < len(self._unwritten):
                 file.truncate(size)
@@ -144,7 +147,7 @@ class Context:
         self._last_progress = now
         now_at = {"done": done, "total": total, "unit": unit, "time": time.time(), "numbers": numbers}
         with contextlib.suppress(OSError):  # a full disk must not end what the display only watches
-            write_atomically(self.scratch_dir / "progress.json", json.dumps(now_at), durable=False)
+            write_atomically(self.scratch_dir / PROGRESS_FILE, json.dumps(now_at), durable=False)
 
     @property
     def stop_requested(self) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from lazypipe.kernels.cpu.lanes import run_side_by_side
 from lazypipe.kernels.cpu.strips import (
     BLOCK,
-    LOG2_E,
     Problem,
     Strip,
     Task,
@@ -35,6 +34,7 @@ from lazypipe.kernels.cpu.strips import (
     task_views,
     view5,
 )
+from lazypipe.kernels.reference import LOG2_E
 
 
 @torch.library.custom_op("lazypipe::blockwise", mutates_args=())

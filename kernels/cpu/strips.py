@@ -5,16 +5,14 @@ strip. Query heads that share a key head are stacked as extra rows of one strip,
 dK, dV need no reduction over the group. A pair below is one (batch, key head).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lazypipe.kernels.reference import document_starts
+from lazypipe.kernels.reference import LOG2_E, document_starts
 
 BLOCK = 128
-LOG2_E = math.log2(math.e)
 # A task takes so many pairs that its widest strip has about this many scores: 2 MB of float32. With half as many
 # L = 2048 took 1.1 times as long, as lanes pay for every call; with twice as many L = 256 took 1.15 times as long.
 STRIP_ELEMENTS = 1 << 19

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lazypipe.kernels.gpu.blocks import product
-from lazypipe.kernels.gpu.launch import LOG2_E, on_device, options, precision, rows_contiguous
+from lazypipe.kernels.gpu.launch import on_device, options, precision, rows_contiguous
 from lazypipe.kernels.gpu.tiles import decode_tile, padded_dim
+from lazypipe.kernels.reference import LOG2_E
 
 DECODE_PROGRAMS = 264  # two for each multiprocessor of an H100; more only adds partial outputs to merge
 MOST_SPLITS = 64

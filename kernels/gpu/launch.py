@@ -1,7 +1,6 @@
 """Allocates outputs, picks tiles and launches the Triton kernels. Tensors in, tensors out; no autograd here."""
 
 import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,8 @@ from lazypipe.kernels.gpu.bias_grad import bias_kernel
 from lazypipe.kernels.gpu.forward import forward_kernel
 from lazypipe.kernels.gpu.tiles import Tile, keep_values, padded_dim, product_precision, separate_outputs, tile_for
 from lazypipe.kernels.gpu.toeplitz import bias_gradient, bias_tiles, tile_count, tile_step
-from lazypipe.kernels.reference import document_starts
+from lazypipe.kernels.reference import LOG2_E, document_starts
 
-LOG2_E = math.log2(math.e)
 BIAS_PROGRAMS = 1024  # programs of the bias gradient; a few for each of the 108 (A100) or 132 (H100) multiprocessors
 
 

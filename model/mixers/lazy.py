@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from lazypipe.kernels import lazy_attention
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.costs import QUERY_ROWS
 from lazypipe.model.mixers.base import AttentionMixer, SideInputs, documents_of
-from lazypipe.model.mixers.query_blocks import QUERY_ROWS, in_query_blocks, zero_share
+from lazypipe.model.mixers.query_blocks import in_query_blocks, zero_share
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.packing import Documents, first_keys, visible_keys
 from lazypipe.model.rope import Rope

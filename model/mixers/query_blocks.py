@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lazypipe.model.costs import QUERY_ROWS
 from lazypipe.model.mixers.base import AttentionMixer
 from lazypipe.model.packing import Documents
-
-QUERY_ROWS = 256  # 8 windows x 16 heads x 256 rows x 2048 keys are 268 MB of float32
 
 
 def in_query_blocks(attend_rows: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,14 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lazypipe.model.cache import LayerCache, RecurrentState
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM
 from lazypipe.model.mixers.base import AttentionMixer, SideInputs
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.rope import Rope
-
-CHUNK = 128  # tokens between two states of the linear form; 64 and 256 take 1.3 times as long (CPU, D = 64)
-# All pairs cost L multiplications where the state costs one per feature. At D = 64 with 2145 features a training step
-# takes equally long at about 2900 tokens (CPU; at 4096 the state is 1.4 times as fast, at 2048 0.7 times).
-STATE_FROM = 1.4
 
 
 class TaylorAttention(AttentionMixer):
@@ -45,7 +41,7 @@ class TaylorAttention(AttentionMixer):
         return RecurrentState()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[2] > STATE_FROM * self.features:
+        if q.shape[2] > TAYLOR_STATE_FROM * self.features:
             return self.attend_by_state(q, k, v, None)[0]
         with torch.autocast(q.device.type, enabled=False):
             return (self.weights(q, k) @ self.per_query_head(v).float()).to(v.dtype)
@@ -67,8 +63,8 @@ class TaylorAttention(AttentionMixer):
             if state is None:
                 state = values.new_zeros(batch_size, self.kv_heads, self.features, self.head_dim + 1)
             outputs = []
-            # Split, not sliced: the gradient of a slice is as long as the whole, and there are length / CHUNK of them.
-            queries_of, keys_of, values_of = (torch.split(one, CHUNK, dim=-2) for one in (grouped, keys, values))
+            # Split, not sliced: the gradient of a slice is as long as the whole, and there is one per chunk.
+            queries_of, keys_of, values_of = (torch.split(one, TAYLOR_CHUNK, dim=-2) for one in (grouped, keys, values))
             for part in zip(queries_of, keys_of, values_of, strict=True):
                 if torch.is_grad_enabled():
                     # The features of all keys and queries would take 33 times the memory of the keys and queries.

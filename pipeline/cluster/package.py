@@ -15,13 +15,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lazypipe.pipeline.experiment.document import dump_yaml
+from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE, dump_yaml
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import PACKAGE, write_code_version
 
 PACKAGES = ("pipeline", "stages", "model", "kernels")
 SHIPPED_PATTERNS = ("*.py", "*.j2", "*.json")
-EXPERIMENT_FILE = "experiment.yaml"
 START_SCRIPT_FILE = "job.sh"
 # PATH's python need not be the cluster's (a cluster started from a virtual environment by its absolute path), and a
 # job is told of no other. Ray starts this shell from a worker, and that worker's parent, the raylet, was told which

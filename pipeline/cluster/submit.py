@@ -26,11 +26,12 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from lazypipe.pipeline.cluster.package import EXPERIMENT_FILE, START_SCRIPT_FILE, write_job_package
+from lazypipe.pipeline.cluster.package import START_SCRIPT_FILE, write_job_package
+from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE
 from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, source_files, task_files
+from lazypipe.pipeline.tracking.uri import PROBE_TIMEOUT_S
 from lazypipe.stages.contract import UserError, first_line
 
-PROBE_TIMEOUT_S = 3.0
 AGENT_DEADLINE_S = 60.0  # after `ray start` the head's agent needs 5 to 20 s before it takes jobs
 LOST_DEADLINE_S = 60.0
 RETRY_S = 1.0

@@ -7,8 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lazypipe.pipeline.experiment.document import read_document
-from lazypipe.pipeline.tracking.tracker import EXPERIMENT_FILE
+from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE, read_document
 from lazypipe.pipeline.tracking.uri import first_touch
 from lazypipe.stages.contract import UserError
 

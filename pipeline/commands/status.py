@@ -21,7 +21,7 @@ from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.lease import living_holder
 from lazypipe.pipeline.store.store import Entry, Store
 from lazypipe.stages.config import StageConfig
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import PROGRESS_FILE, UserError
 
 
 def show_plan(
@@ -166,7 +166,7 @@ def _row(stage: str, variant: str | None, entry: Entry) -> dict[str, Any]:
 
 def _progress(entry: Entry) -> str:
     try:
-        now = json.loads((entry.scratch / "progress.json").read_text(encoding="utf-8"))
+        now = json.loads((entry.scratch / PROGRESS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     age = max(0, int(time.time() - now["time"]))

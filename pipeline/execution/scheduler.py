@@ -25,7 +25,7 @@ from lazypipe.pipeline.store.lease import Heartbeat, Holder, acquire, held_by, r
 from lazypipe.pipeline.store.store import MANIFEST, Generation, Store, read_generation
 from lazypipe.pipeline.tracking.child_run import ChildRun
 from lazypipe.pipeline.tracking.tracker import Tracker
-from lazypipe.stages.contract import Interrupted, UserError, first_line
+from lazypipe.stages.contract import PROGRESS_FILE, Interrupted, UserError, first_line
 from lazypipe.stages.evaluate.config import EvaluateConfig
 
 POLL_S = 0.25
@@ -195,7 +195,7 @@ class Walk:
         with self._pump_lock:
             self.running[node.id] = Running(decision, demand, child, entry.path, output_dir)
         self.outcomes[node.id].state = "running"
-        self.display.begin(node.id, scratch / "progress.json")
+        self.display.begin(node.id, scratch / PROGRESS_FILE)
         try:
             self.backend.submit(task, [str(generation.path) for generation in used.values()], demand)
         except UserError as refusal:

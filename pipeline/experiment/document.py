@@ -17,6 +17,8 @@ from lazypipe.stages.contract import UserError
 
 Document = dict[str, Any]
 
+EXPERIMENT_FILE = "experiment.yaml"  # its name in an MLflow run and in a job package
+
 MAX_DEPTH = 32  # an experiment needs 4; an alias that contains itself has no end
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import Artifact, file_sha256, write_atomically
+from lazypipe.stages.contract import PROGRESS_FILE, Artifact, file_sha256, write_atomically
 from lazypipe.stages.files import files_problem
 
 MANIFEST = "manifest.json"
@@ -128,7 +128,7 @@ class Entry:
         if fresh or found != wanted:
             shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True, exist_ok=True)
-        for leftover in ("stop", "progress.json"):
+        for leftover in ("stop", PROGRESS_FILE):
             (self.scratch / leftover).unlink(missing_ok=True)
         write_atomically(marker, wanted)
         return self.scratch

@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # mlflow takes seconds to import; a cached run never needs it
     from mlflow import MlflowClient
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-METRICS = "metrics.jsonl"
 POINTS_AT_ONCE = 1000  # what MLflow takes in a batch
 
 

@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lazypipe.pipeline.experiment.document import dump_yaml
+from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE, dump_yaml
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import CodeVersion, code_version
 from lazypipe.pipeline.planning.fingerprint import flatten
 from lazypipe.pipeline.planning.plan import Node, Plan
 from lazypipe.pipeline.store.lease import Holder, is_alive
 from lazypipe.pipeline.store.store import Generation
-from lazypipe.pipeline.tracking.child_run import METRICS, ChildRun, log_what_is_new, logged_so_far
+from lazypipe.pipeline.tracking.child_run import ChildRun, log_what_is_new, logged_so_far
 from lazypipe.pipeline.tracking.system_metrics import watch_machine
 from lazypipe.pipeline.tracking.upload import (
     flat_facts,
@@ -36,8 +36,8 @@ from lazypipe.pipeline.tracking.upload import (
     log_task_table,
 )
 from lazypipe.pipeline.tracking.uri import first_touch
+from lazypipe.stages.contract import METRICS_FILE
 
-EXPERIMENT_FILE = "experiment.yaml"
 LAST_WORDS_S = 10.0  # `lazypipe submit` lets a stopped job live for 30 s, 15 of which its stages may take
 
 
@@ -158,7 +158,7 @@ class Tracker:
         def connect() -> None:
             self.client.set_tag(self.parent_id, f"lazypipe.cached.{node.id}", target)
             if run_id and tracking.get("uri") == self.uri and self._abandoned(run_id):
-                self.finish_child(logged_so_far(self.client, run_id, generation.path / METRICS), node, generation)
+                self.finish_child(logged_so_far(self.client, run_id, generation.path / METRICS_FILE), node, generation)
 
         self._safely(connect)
 
@@ -197,7 +197,7 @@ class Tracker:
         `leftovers` are half-written generations: a killed driver may not have logged all they report. When
         the server does not answer, the stage runs all the same, with a ChildRun without an id that logs nothing.
         """
-        child = ChildRun("", output_dir / METRICS)
+        child = ChildRun("", output_dir / METRICS_FILE)
 
         def create() -> None:
             nonlocal child
@@ -233,10 +233,10 @@ class Tracker:
             tags["lazypipe.rerun_of"] = rerun_of
         child = self._resume_child(attempt, tags, leftovers)
         if child is not None:
-            child.metrics_file, child.offset = output_dir / METRICS, 0
+            child.metrics_file, child.offset = output_dir / METRICS_FILE, 0
         else:
             run = self.client.create_run(self.experiment_id, tags=tags, run_name=node.id)
-            child = ChildRun(run.info.run_id, output_dir / METRICS)
+            child = ChildRun(run.info.run_id, output_dir / METRICS_FILE)
             params = flatten(node.config.model_dump(mode="json"))
             params |= {"stage": node.stage, "experiment": self.experiment.name}
             if node.variant is not None:
@@ -266,7 +266,7 @@ class Tracker:
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         child = logged_so_far(self.client, run_id, attempt)
         for directory in leftovers:
-            child.metrics_file, child.offset = directory / METRICS, 0
+            child.metrics_file, child.offset = directory / METRICS_FILE, 0
             self.pump(child)
         return child
 

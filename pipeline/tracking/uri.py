@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from lazypipe.stages.contract import UserError
 
-PROBE_TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 3.0  # for a server, MLflow's or Ray's, to answer
 SQLITE_HEADER = b"SQLite format 3\0"
 
 

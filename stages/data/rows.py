@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.data.remote import open_arrow
-from lazypipe.stages.data.source_files import SourceFile, open_text_bytes
-
-_CHUNK = 2**20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from lazypipe.stages.data.source_files import READ_BYTES, SourceFile, open_text_bytes
 
 
 def decode_utf8(data: bytes) -> tuple[str, int]:
@@ -36,7 +34,7 @@ def jsonl_rows(file: SourceFile, start: int, end: int | None, column: str) -> It
             stream.seek(start - 1)
             position += len(stream.readline()) - 1  # passes over the line that began before `start`
         while (end is None or position < end) and (line := stream.readline()):
-            content = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
+            content = line.removeprefix(BOM_UTF8) if position == 0 else line
             if content.strip():
                 yield _text_of_line(content, column, file, position)
             position += len(line)
@@ -81,7 +79,7 @@ def _place(file: SourceFile, position: int) -> str:
     """file:line of a byte position; only errors need the line, so only they count it."""
     line = 1
     with open_text_bytes(file) as stream:
-        while position > 0 and (chunk := stream.read(min(_CHUNK, position))):
+        while position > 0 and (chunk := stream.read(min(READ_BYTES, position))):
             line += chunk.count(b"\n")
             position -= len(chunk)
     return f"{file.path}:{line}"

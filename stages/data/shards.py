@@ -10,7 +10,7 @@ the same power-of-two length except the last, so the batch that holds a token is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 # 2 MiB of uint16: large enough that opening 20 GB of shards builds 10^4 views and not 10^6, small enough to buffer.
+PIECE_TOKENS = 2**20  # 8 MiB as int64
 MAX_BATCH_TOKENS = 2**20
 
 DOCUMENTS_FILE = "docs.arrow"
@@ -72,6 +73,11 @@ class TokenShards:
             filled += len(piece)
             chunk += 1
         return out
+
+    def pieces(self) -> Iterator[npt.NDArray[np.int64]]:
+        """All tokens in order, PIECE_TOKENS at a time (the last piece is shorter), int64."""
+        for start in range(0, self.num_tokens, PIECE_TOKENS):
+            yield self.read(start, min(PIECE_TOKENS, self.num_tokens - start))
 
 
 class ShardWriter:

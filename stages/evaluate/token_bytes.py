@@ -11,7 +11,6 @@ import numpy.typing as npt
 from lazypipe.stages.data.shards import TokenShards
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_CHUNK = 2**20
 
 
 def token_byte_counts(tokenizer_json: Path, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -48,8 +47,7 @@ def byte_scale(counts: npt.NDArray[np.int64], shards: TokenShards, text_bytes: i
     this, it is right for the split as a whole. Costs one pass over the split.
     """
     counted = 0
-    for start in range(0, shards.num_tokens, _CHUNK):
-        tokens = shards.read(start, min(_CHUNK, shards.num_tokens - start))
+    for tokens in shards.pieces():
         counted += int(counts[tokens].sum())
     return text_bytes / counted if counted else 1.0
 

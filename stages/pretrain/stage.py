@@ -25,7 +25,7 @@ from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.transformer import count_parameters
 from lazypipe.stages.baselines import refuse_baseline
-from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, Outputs, UserError
+from lazypipe.stages.contract import METRICS_FILE, Artifact, Context, DivergedError, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import training_batch, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.pretrain.attempts import begin_attempt
@@ -92,7 +92,7 @@ def train_with(
     state = saver.resume(model, optimizer, identity)
     resumed_from = state.step
     attempts = begin_attempt(context, resumed_from)
-    already_logged = last_logged_step(context.output_dir / "metrics.jsonl") if context.rank == 0 else 0
+    already_logged = last_logged_step(context.output_dir / METRICS_FILE) if context.rank == 0 else 0
     parameters = list(model.parameters())
     eos_id = int(corpus.facts["eos_id"]) if config.document_masking else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")

@@ -16,16 +16,15 @@ that are null, and blank lines of jsonl files, hold no document.
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lazypipe.stages.data.rows import decode_utf8, jsonl_rows, parquet_row_groups, parquet_rows
-from lazypipe.stages.data.source_files import SourceFile, open_text_bytes
+from lazypipe.stages.data.source_files import READ_BYTES, SourceFile, open_text_bytes
 
 PIECE_BYTES = 2**20
-_CHUNK = 2**20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Each finds the last place of its kind in a window; tried in this order.
 _CUTS = tuple(
     re.compile(pattern, re.DOTALL)
@@ -126,7 +125,7 @@ def split_text(read: Callable[[int], bytes], separator: bytes, piece_bytes: int)
 
     What follows the last separator is a document too, unless it is empty. At most about two pieces are in memory.
     """
-    data = read(_CHUNK).removeprefix(_BYTE_ORDER_MARK)
+    data = read(READ_BYTES).removeprefix(BOM_UTF8)
     start = 0  # of the present piece
     searched = 0  # no separator begins before this
     separated = False
@@ -144,7 +143,7 @@ def split_text(read: Callable[[int], bytes], separator: bytes, piece_bytes: int)
             start = cut
             searched = max(start, len(data) - len(separator) + 1)
         elif not at_end:
-            chunk = read(_CHUNK)
+            chunk = read(READ_BYTES)
             at_end = not chunk
             searched = max(0, len(data) - len(separator) + 1 - start)
             data = data[start:] + chunk

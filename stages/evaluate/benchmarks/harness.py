@@ -24,10 +24,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lazypipe.model.generate import generate_all
+from lazypipe.model.scoring import LOGITS_AT_ONCE
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import UserError
 
-LOGITS_AT_ONCE = 2**25  # float32: 128 MiB
 MAX_NEW_TOKENS = 256  # of a task that names no number, as the harness's own backends
 KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of generation_kwargs
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from lazypipe.stages.contract import Context, UserError
+from lazypipe.stages.contract import METRICS_FILE, Context, UserError
 from lazypipe.stages.pretrain.checkpoint.directory import (
     CHECKPOINT_MANIFEST,
     commit_checkpoint,
@@ -190,7 +190,7 @@ class CheckpointSaver:
     def _open(self, step: int, unlogged: OSError | None) -> None:
         if unlogged is not None:
             raise unlogged
-        metrics = self.context.output_dir / "metrics.jsonl"
+        metrics = self.context.output_dir / METRICS_FILE
         if metrics.exists():
             fsync(metrics)
         open_partial(self.folder, step)

@@ -7,7 +7,8 @@ import torch
 
 from lazypipe.model.cache import RecurrentState
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.taylor import CHUNK, STATE_FROM, TaylorAttention
+from lazypipe.model.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM
+from lazypipe.model.mixers.taylor import TaylorAttention
 from lazypipe.model.rope import rope_tables
 from tests.model.tiny_model import awake, some_tokens, tiny
 
@@ -49,7 +50,7 @@ def test_both_forms_are_the_definition(kv_heads: int) -> None:
 
 
 def test_the_state_gives_the_output_and_gradients_of_all_pairs_over_several_chunks() -> None:
-    length = 2 * CHUNK + 37
+    length = 2 * TAYLOR_CHUNK + 37
     mixer = mixer_of(num_kv_heads=2)
     q, k, v = (tensor.requires_grad_() for tensor in heads(length, 2))
     seen = torch.randn(2, 4, length, 8, generator=torch.Generator().manual_seed(3))
@@ -75,7 +76,7 @@ def test_long_inputs_take_the_state_and_short_ones_all_pairs(monkeypatch: pytest
     mixer, taken = mixer_of(), []
     by_state = TaylorAttention.attend_by_state
     monkeypatch.setattr(TaylorAttention, "attend_by_state", lambda *a: taken.append(a[1].shape[2]) or by_state(*a))
-    border = int(STATE_FROM * mixer.features)
+    border = int(TAYLOR_STATE_FROM * mixer.features)
     for length in (border, border + 1):
         q, k, v = heads(length)
         torch.testing.assert_close(mixer.attend(q, k, v), mixer.weights(q, k) @ v, atol=1e-5, rtol=1e-4)
