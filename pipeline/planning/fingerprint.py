@@ -77,14 +77,3 @@ def fingerprint(
     """sha256 (hex) of a recipe; `config` is an `identity`, `inputs` maps input names to fingerprints."""
     recipe = {"stage": stage, "version": version, "config": config, "source": source, "inputs": inputs}
     return hashlib.sha256(canonical(recipe).encode()).hexdigest()
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}"""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            flat |= flatten(item, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = item
-    return flat

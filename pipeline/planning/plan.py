@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from lazypipe.pipeline.experiment.document import nearest
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import sources_digest
-from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint, flatten, identity, operational_fields
+from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint, identity, operational_fields
 from lazypipe.pipeline.store.store import Entry, Generation, Store
-from lazypipe.stages.config import StageConfig
+from lazypipe.stages.config import StageConfig, flatten
 from lazypipe.stages.contract import UserError
 
 FORCED = "forced"  # marks the scratch of a forced execution

@@ -19,7 +19,6 @@ from pathlib import Path
 from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE, dump_yaml
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import CodeVersion, code_version
-from lazypipe.pipeline.planning.fingerprint import flatten
 from lazypipe.pipeline.planning.plan import Node, Plan
 from lazypipe.pipeline.store.lease import Holder, is_alive
 from lazypipe.pipeline.store.store import Generation
@@ -36,6 +35,7 @@ from lazypipe.pipeline.tracking.upload import (
     log_task_table,
 )
 from lazypipe.pipeline.tracking.uri import first_touch
+from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import METRICS_FILE
 
 LAST_WORDS_S = 10.0  # `lazypipe submit` lets a stopped job live for 30 s, 15 of which its stages may take

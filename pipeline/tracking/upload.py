@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazypipe.pipeline.planning.fingerprint import flatten
 from lazypipe.pipeline.planning.plan import Node
 from lazypipe.pipeline.store.store import MANIFEST, Generation
+from lazypipe.stages.config import flatten
 
 if TYPE_CHECKING:  # mlflow takes seconds to import; a cached run never needs it
     from mlflow import MlflowClient

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.report.table import MISSING, loss, perplexity
 
@@ -156,19 +157,8 @@ def provenance(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
     return lines
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"mixer": "lazy"}} -> {"model.mixer": "lazy"}"""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_value(value)}" for key, value in values.items() if value is not None)
+    return ", ".join(f"{key} {_value(value)}" for key, value in values.items() if value not in (None, {}))
 
 
 def _value(value: Any) -> str:
