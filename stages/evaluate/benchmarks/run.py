@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -267,7 +266,7 @@ def harness_conditions(config: EvaluateConfig) -> Iterator[None]:
     python_seed, numpy_seed, torch_seed, _ = config.task_seeds
     quiet, disabled = logging.getLogger("lm_eval"), logging.root.manager.disable
     level = quiet.level
-    with preserved_random_states(), patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}), warnings.catch_warnings():
+    with preserved_random_states(), environment_variable("DISABLE_MULTIPROC", "1"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         random.seed(python_seed)
         np.random.seed(numpy_seed)
@@ -281,6 +280,20 @@ def harness_conditions(config: EvaluateConfig) -> Iterator[None]:
         finally:
             logging.disable(disabled)
             quiet.setLevel(level)
+
+
+@contextlib.contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """The variable set to `value` for this process, and as it was afterwards."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
