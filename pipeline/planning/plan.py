@@ -188,7 +188,7 @@ def was_forced(entry: Entry) -> bool:
 
 
 def _resumable(entry: Entry) -> bool:
-    return any((entry.scratch / "checkpoints").glob("step-*")) or any((entry.scratch / "tasks").glob("*.json"))
+    return any((entry.scratch / "checkpoints").glob("step-*")) or any((entry.scratch / "tasks").glob("*/manifest.json"))
 
 
 def _differences(node: Node, generation: Generation) -> list[str]:

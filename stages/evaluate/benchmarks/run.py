@@ -1,14 +1,14 @@
 """The benchmarks of an evaluation: each task of the harness on its own, so that nothing depends on the others.
 
-A task is seeded, built, run and aggregated by the harness itself, and its result is written to scratch_dir/tasks before
-the next begins: an interrupted evaluation goes on with the next task, and tasks that other workers run give the numbers
-they would give here.
+A task is seeded, built, run and aggregated by the harness itself, and its result is kept in scratch_dir/tasks/TASK
+(stages/kept_work.py) before the next begins: an interrupted evaluation goes on with the next task, and tasks that other
+workers run give the numbers they would give here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import io
 import json
 import logging
@@ -18,7 +18,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,20 +28,22 @@ import numpy as np
 import torch
 
 from lazypipe.model.checkpoint import Checkpoint, load_checkpoint
-from lazypipe.stages.contract import Context, Interrupted, Outputs, write_atomically
+from lazypipe.stages.contract import Context, Interrupted, Outputs, file_sha256
 from lazypipe.stages.evaluate.benchmarks.suites import expand
 from lazypipe.stages.evaluate.benchmarks.tasks import files_of, load_task
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.kept_work import keep, kept, sweep_unfinished, work_key
 
 TABLE = "tasks"
+SAMPLES_FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
 class Share:
-    """The tasks one worker runs, picklable. Finished tasks are files below `scratch_dir`."""
+    """The tasks one worker runs, each with the key its result is kept by. Picklable."""
 
     config: EvaluateConfig
-    tasks: tuple[str, ...]
+    tasks: Mapping[str, str]
     checkpoint: Path
     tokenizer_json: Path
     scratch_dir: Path
@@ -62,9 +64,26 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
     and `TASK/METRIC_stderr`. The model's mode and the global random states are left as they were.
     """
     tasks = expand(config.tasks)
-    todo = [task for task in tasks if finished(config, checkpoint.directory, task, context.scratch_dir) is None]
+    folder = context.scratch_dir / "tasks"
+    sweep_unfinished(folder)
+    weights = file_sha256(checkpoint.directory / "model.safetensors")
+    keys = {task: task_key(config, task, weights) for task in tasks}
+    todo = []
+    for task in tasks:
+        earlier = kept(folder / task, keys[task])
+        if earlier.problem is not None:
+            warnings.warn(f"the kept result of {task} is damaged ({earlier.problem}); it is run again", stacklevel=2)
+        if earlier.facts is None:
+            todo.append(task)
     shares = [
-        Share(config, tuple(part), checkpoint.directory, tokenizer_json, context.scratch_dir, torch.get_num_threads())
+        Share(
+            config,
+            {task: keys[task] for task in part},
+            checkpoint.directory,
+            tokenizer_json,
+            context.scratch_dir,
+            torch.get_num_threads(),
+        )
         for part in divide(config, todo)
     ]
     if len(shares) > 1:
@@ -72,9 +91,11 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
             context.progress(done, len(shares), "shares", phase="benchmarks")
     elif shares:
         run_here(shares[0], checkpoint, context, len(tasks) - len(todo), len(tasks))
-    found = [finished(config, checkpoint.directory, task, context.scratch_dir) for task in tasks]
-    results = [result for result in found if result is not None]
-    assert len(results) == len(tasks), "every share ends with its tasks on disk, or raises"
+    results = []
+    for task in tasks:
+        result = kept(folder / task, keys[task]).facts
+        assert result is not None, "every share ends with its tasks on disk, or raises"
+        results.append(result)
     for result in results:
         counts = result["counts"]
         if counts["truncated"]:
@@ -86,10 +107,10 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
     rows = [row for result in results for row in result["rows"]]
     context.log_table(TABLE, rows)
     if config.log_samples:
-        folder = context.output_dir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
+        samples = context.output_dir / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
         for task in tasks:
-            shutil.copyfile(_samples_file(context.scratch_dir, task), folder / f"{task}.jsonl")
+            shutil.copyfile(folder / task / SAMPLES_FILE, samples / f"{task}.jsonl")
     metrics: dict[str, float] = {}
     for row in rows:
         name = f"{row['task']}/{row['metric']}"
@@ -119,7 +140,7 @@ def run_share(share: Share) -> None:
 
 def run_here(share: Share, checkpoint: Checkpoint, context: Context, before: int, total: int) -> None:
     """Run the tasks of a share one after another; `before` of `total` tasks were finished when it began."""
-    for number, task in enumerate(share.tasks):
+    for number, (task, key) in enumerate(share.tasks.items()):
         started = time.perf_counter()
 
         def show(done: int, requests: int, task: str = task, number: int = number, started: float = started) -> None:
@@ -137,13 +158,27 @@ def run_here(share: Share, checkpoint: Checkpoint, context: Context, before: int
             )
 
         result, samples = evaluate_task(share.config, task, checkpoint, share.tokenizer_json, show)
-        folder = share.scratch_dir / "tasks"
-        folder.mkdir(parents=True, exist_ok=True)
-        if share.config.log_samples:
-            lines = (json.dumps(sample, ensure_ascii=False, default=str) for sample in samples)
-            write_atomically(_samples_file(share.scratch_dir, task), "".join(f"{line}\n" for line in lines))
-        kept = {"key": _key(share.config, share.checkpoint, task), **result}
-        write_atomically(_result_file(share.scratch_dir, task), json.dumps(kept, allow_nan=False))
+        write = functools.partial(_write_result, share.config, result, samples)
+        keep(share.scratch_dir / "tasks" / task, key, write)
+
+
+def _write_result(
+    config: EvaluateConfig, result: dict[str, Any], samples: Sequence[dict[str, Any]], directory: Path
+) -> dict[str, Any]:
+    """Write SAMPLES_FILE where samples are wanted; the result itself is what `keep` writes down as facts."""
+    if config.log_samples:
+        with (directory / SAMPLES_FILE).open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(sample, ensure_ascii=False, default=str)}\n" for sample in samples)
+    return result
+
+
+def task_key(config: EvaluateConfig, task: str, weights_sha256: str) -> str:
+    """What a task's numbers depend on: the settings, the harness's version, the content of its files, the weights."""
+    settings = config.model_dump(
+        mode="json", exclude={"tasks", "task_data", "task_revisions", "task_workers", "prompts", "context_lengths"}
+    )
+    files = {split: file_sha256(path) for split, path in files_of(config, task).items()}
+    return work_key(task, version("lm_eval"), config.task_revisions.get(task), settings, files, weights_sha256)
 
 
 def evaluate_task(
@@ -217,41 +252,6 @@ def _finite(value: Any) -> float | None:
     """A number the harness gave, None for "N/A" and what overflowed."""
     number = float(value) if isinstance(value, (int, float, np.floating, np.integer)) else math.nan
     return number if math.isfinite(number) else None
-
-
-# ---- what is kept of a finished task
-
-
-def finished(config: EvaluateConfig, checkpoint: Path, task: str, scratch_dir: Path) -> dict[str, Any] | None:
-    """The result an interrupted execution of the same recipe left, if its samples are there where wanted."""
-    try:
-        kept: dict[str, Any] = json.loads(_result_file(scratch_dir, task).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if kept.get("key") != _key(config, checkpoint, task):
-        return None
-    return None if config.log_samples and not _samples_file(scratch_dir, task).is_file() else kept
-
-
-def _key(config: EvaluateConfig, checkpoint: Path, task: str) -> str:
-    """What a task's numbers depend on, as a hash: the settings, the harness's version, its files and the checkpoint by
-    name, size and time.
-    """
-    paths = [*files_of(config, task).values(), checkpoint / "model.safetensors"]
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    settings = config.model_dump(
-        mode="json", exclude={"tasks", "task_data", "task_revisions", "task_workers", "prompts", "context_lengths"}
-    )
-    text = json.dumps([task, version("lm_eval"), config.task_revisions.get(task), settings, stamps], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _result_file(scratch_dir: Path, task: str) -> Path:
-    return scratch_dir / "tasks" / f"{task}.json"
-
-
-def _samples_file(scratch_dir: Path, task: str) -> Path:
-    return scratch_dir / "tasks" / f"{task}.samples.jsonl"
 
 
 # ---- the conditions a task runs under

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -218,6 +219,53 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
     ran.clear()
     run_tasks(three(files, limit=2), checkpoint, tokenizer_json, context)
     assert ran == ["piqa", "copa", "lambada_openai"]
+
+
+def test_results_are_kept_by_content(
+    checkpoint: Checkpoint, tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by path and time: a copied file keeps its task's result, another text of the same size and time does not."""
+    ran: list[str] = []
+    original = benchmarks.evaluate_task
+
+    def watched(config: EvaluateConfig, task: str, *rest: Any) -> Any:
+        ran.append(task)
+        return original(config, task, *rest)
+
+    monkeypatch.setattr(benchmarks, "evaluate_task", watched)
+    (tmp_path / "copies").mkdir()
+    paths = {task: Path(write_files(tmp_path / folder)[0][task]) for task, folder in (("piqa", "one"), ("copa", "one"))}
+    context = context_in(tmp_path / "stage")
+
+    def run(**fields: Any) -> list[str]:
+        ran.clear()
+        data = {task: str(path) for task, path in paths.items()}
+        config = EvaluateConfig(tasks=tuple(paths), task_data=data, log_samples=True, **fields)
+        run_tasks(config, checkpoint, tokenizer_json, context)
+        return list(ran)
+
+    assert run() == ["piqa", "copa"]
+    paths = {task: path.rename(tmp_path / "copies" / path.name) for task, path in paths.items()}
+    os.utime(paths["piqa"], (1, 1))
+    os.utime(checkpoint.directory / "model.safetensors", (1, 1))
+    assert run() == []
+    times, text = paths["copa"].stat(), paths["copa"].read_text()
+    letter = next(character for character in documents()[0]["copa"][0]["premise"] if character.isalpha())
+    paths["copa"].write_text(text.replace(letter, "q"))
+    os.utime(paths["copa"], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert paths["copa"].stat().st_size == times.st_size and run() == ["copa"]
+    (context.scratch_dir / "tasks" / "piqa" / "samples.jsonl").write_text("torn")
+    with pytest.warns(UserWarning, match="the kept result of piqa is damaged"):
+        assert run() == ["piqa"]
+
+
+def test_the_harness_runs_in_one_process_and_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv("DISABLE_MULTIPROC", before)
+        with benchmarks.harness_conditions(EvaluateConfig()):
+            assert os.environ["DISABLE_MULTIPROC"] == "1"
+        assert os.environ.get("DISABLE_MULTIPROC") == before
 
 
 def test_shares_give_the_numbers_of_one_process(
