@@ -11,6 +11,8 @@ watches it (the pipeline's progress display, its MLflow logger) only has to read
     scratch_dir/           survives a crash of the stage; emptied once the outputs are committed
     scratch_dir/checkpoints/step-00000120/   stages/pretrain/checkpoint/directory.py
     scratch_dir/progress.json   the last `progress` call
+    scratch_dir/warnings-00000.jsonl   one line per `warn` call of rank 0: {"time", "rank", "step", "message"}; one file
+                                per rank and per worker process of `map` (stages/warning_lines.py reads them)
     scratch_dir/stop       its existence asks the stage to save and leave (`stop_requested`)
 """
 
@@ -22,17 +24,30 @@ import hashlib
 import json
 import math
 import os
+import re
+import socket
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from lazypipe.stages.warning_lines import warning_text
 
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Warn = Callable[[str], object]  # `Context.warn`, or `warnings.warn` where no stage runs
+
+ALIKE = 16  # warnings of one kind that are all written; of more, only the 32nd, the 64th, ...
+_NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b")
 
 
 class UserError(ValueError):
@@ -45,6 +60,10 @@ class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
 
 class DivergedError(RuntimeError):
     """Training gave up: too many steps in a row were not finite. A restart would not help."""
+
+
+class StageWarning(UserWarning):
+    """A warning of `Context.warn`, which has written it already; for whoever calls a stage without the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,9 @@ def map_serially(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
 @dataclass
 class Context:
-    """All a stage may use from outside. `rank`/`world_size` are those of data-parallel training; only rank 0 writes."""
+    """All a stage may use from outside. `rank`/`world_size` are those of data-parallel training; only rank 0 writes,
+    but for warnings. `process` names a process of the stage that is no rank, so that it has a warnings file of its own.
+    """
 
     output_dir: Path
     scratch_dir: Path
@@ -91,12 +112,21 @@ class Context:
     world_size: int = 1
     map_function: Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]] = map_serially
     progress_interval_s: float = 0.5
+    process: str = ""
     _last_progress: float = field(default=-math.inf, init=False, repr=False)
     _unwritten: bytes = field(default=b"", init=False, repr=False)
+    _unwritten_warnings: bytes = field(default=b"", init=False, repr=False)
+    _warned: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # how many, by kind
+    _warning_lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """Yield `function(item)` for each item in order, possibly in other processes. Both must be picklable."""
-        return self.map_function(function, items)
+        """Yield `function(item)` for each item in order, possibly in other processes. Both must be picklable.
+
+        What `function` warns of there by `warnings.warn` is written as warnings of this stage.
+        """
+        if self.map_function is map_serially:
+            return map(function, items)
+        return self.map_function(partial(_with_warnings, function, self.output_dir, self.scratch_dir), items)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl. Non-finite values are dropped; the caller counts them if they matter.
@@ -114,12 +144,69 @@ class Context:
         """Write the lines of `log_metrics` that wait in memory; OSError, with nothing of them on disk, if it cannot."""
         if not self._unwritten:
             return
-        with (self.output_dir / METRICS_FILE).open("ab", buffering=0) as file:
-            size = file.tell()
-            if file.write(self._unwritten) < len(self._unwritten):
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        _append(self.output_dir / METRICS_FILE, self._unwritten)
         self._unwritten = b""
+
+    def warn(self, message: str, step: int | None = None) -> None:
+        """Say what the user should know although the stage goes on: on the screen within seconds, in the manifest and
+        in the report, from every rank. step: the optimizer step it belongs to; the message need not repeat it.
+
+        The same message of several ranks is shown once. Messages that differ in their numbers alone are one kind, of
+        which the first `ALIKE` are written, then the 32nd, the 64th and so on. It is issued as a `StageWarning` too,
+        which a notebook shows.
+        """
+        self.write_warning(message, step)
+        warnings.warn(warning_text({"message": message, "step": step}), StageWarning, stacklevel=2)
+
+    def write_warning(self, message: str, step: int | None = None) -> None:
+        """The line of `warn` alone. One that a full disk does not take goes to stderr, and waits in memory for the next
+        call of this, of `progress` or of `flush_warnings`.
+        """
+        with self._warning_lock:
+            kind = _NUMBER.sub("#", message)
+            count = self._warned[kind] = self._warned.get(kind, 0) + 1
+            if count > ALIKE:
+                if count & (count - 1):
+                    return
+                message = f"{message} (warning {count} of this kind)"
+            entry = {"time": time.time(), "rank": self.rank, "step": step, "message": message}
+            self._unwritten_warnings += json.dumps(entry).encode() + b"\n"
+        try:
+            self.flush_warnings()
+        except OSError:
+            with contextlib.suppress(OSError):  # a log on the same disk
+                print(f"warning: {warning_text(entry)}", file=sys.stderr, flush=True)
+
+    def flush_warnings(self) -> None:
+        """Write the lines of `warn` that wait in memory; OSError, with nothing of them on disk, if it cannot."""
+        with self._warning_lock:
+            if self._unwritten_warnings:
+                name = f"warnings-{self.rank:05d}{self.process and '-'}{self.process}.jsonl"
+                _append(self.scratch_dir / name, self._unwritten_warnings)
+                self._unwritten_warnings = b""
+
+    @contextmanager
+    def routed_warnings(self) -> Iterator[None]:
+        """Inside, every UserWarning of this process, of a library too, is written as one of the stage.
+
+        Others go where they went before.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            show = warnings.showwarning
+
+            def route(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+                if not issubclass(category, UserWarning):
+                    show(message, category, *rest, **options)
+                elif not issubclass(category, StageWarning):  # that one is written
+                    self.write_warning(str(message))
+
+            warnings.showwarning = route
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # a full disk: it was printed
+                    self.flush_warnings()
 
     def log_figure(self, name: str, figure: Any) -> Path:
         """Save a matplotlib figure as output_dir/figures/<name>.png (150 dpi) and return its path."""
@@ -141,6 +228,8 @@ class Context:
 
     def progress(self, done: float, total: float, unit: str, **numbers: float | str) -> None:
         """Say how far the stage is: `done` of `total` `unit`s, and numbers worth watching (loss=..., eta_s=...)."""
+        with contextlib.suppress(OSError):
+            self.flush_warnings()
         now = time.monotonic()
         if self.rank != 0 or (now - self._last_progress < self.progress_interval_s and done < total):
             return
@@ -152,6 +241,28 @@ class Context:
     @property
     def stop_requested(self) -> bool:
         return (self.scratch_dir / "stop").exists()
+
+
+@lru_cache(maxsize=1)  # of the stage that this process works for: it counts the kinds of warnings
+def _context_of_worker(output_dir: Path, scratch_dir: Path) -> Context:
+    return Context(output_dir, scratch_dir, process=f"{socket.gethostname()}-{os.getpid()}")
+
+
+def _with_warnings(function: Callable[[Item], Result], output_dir: Path, scratch_dir: Path, item: Item) -> Result:
+    with _context_of_worker(output_dir, scratch_dir).routed_warnings():
+        return function(item)
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Append whole lines, or none of them and OSError. What a killed process left half-written is ended first."""
+    with path.open("ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines
+        if (file.write(lines) or 0) < len(lines):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def first_line(error: BaseException | None) -> str:

@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.registry import STAGE_CONFIGS
+from lazypipe.stages.warning_lines import read_warnings
 
 STAGE_MODULES = {
     "tokenize": "lazypipe.stages.tokenization.stage",
@@ -92,17 +92,12 @@ def execute_stage(
     output_dir.mkdir(parents=True, exist_ok=False)
 
     started, clock = datetime.now(UTC), time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        outputs = (run or run_in_process)(task, config, inputs, map_function)
-    messages = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
-    for message in messages:
-        print(f"warning: {task.node_id}: {message}", file=sys.stderr, flush=True)
+    outputs = (run or run_in_process)(task, config, inputs, map_function)
     seconds = time.perf_counter() - clock
 
     if not held_by(task.entry, task.lease_token):
         raise LeaseLostError(f"{task.node_id}: another run took over {task.entry}; its result is used instead")
-    manifest = _manifest(task, config, generations, outputs, started, seconds, messages)
+    manifest = _manifest(task, config, generations, outputs, started, seconds)
     return str(entry.commit(task.generation, manifest).path)
 
 
@@ -116,7 +111,7 @@ def run_in_process(
         torch.set_num_threads(task.threads)  # a reused worker process keeps the last stage's count
     context = Context(task.entry / task.generation, task.entry / "scratch", map_function=map_function)
     module = importlib.import_module(STAGE_MODULES[task.stage])
-    with ends_noted(context.scratch_dir):
+    with ends_noted(context.scratch_dir), context.routed_warnings():
         outputs: Outputs = module.run(config, inputs, context)
     return outputs
 
@@ -145,7 +140,6 @@ def _manifest(
     outputs: Outputs,
     started: datetime,
     seconds: float,
-    messages: list[str],
 ) -> dict[str, Any]:
     json.dumps(outputs.facts, allow_nan=False)  # a stage that returns anything else is wrong here, not at the next read
     manifest: dict[str, Any] = {
@@ -162,7 +156,7 @@ def _manifest(
         "inputs": {name: {"fingerprint": g.fingerprint, "generation": g.id} for name, g in inputs.items()},
         "metrics": outputs.metrics,
         "facts": outputs.facts,
-        "warnings": messages,
+        "warnings": read_warnings(task.entry / "scratch"),
         "created": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "threads": task.threads,

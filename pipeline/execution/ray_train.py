@@ -78,7 +78,8 @@ def pretrain_on_workers(
             callbacks=[SayWhy()],
         ),
     )
-    trainer.fit()
+    with Context(task.entry / task.generation, scratch, process="trainer").routed_warnings():
+        trainer.fit()
     result = json.loads((scratch / RESULT).read_text(encoding="utf-8"))
     if result["ended"] is not None:
         raise ENDS[result["ended"]](result["message"])
@@ -115,7 +116,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     inputs = {name: Artifact(Path(path), manifest) for name, (path, manifest) in loop_config["inputs"].items()}
     result: dict[str, Any]
     try:
-        with ends_noted(scratch) if rank == 0 else nullcontext():
+        with context.routed_warnings(), ends_noted(scratch) if rank == 0 else nullcontext():
             outputs = pretrain.run(config, inputs, context)
         result = {"ended": None, "metrics": outputs.metrics, "facts": outputs.facts}
     except tuple(ENDS.values()) as end:

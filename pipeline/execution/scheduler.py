@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lazypipe.pipeline.execution.backends import Backend, Demand, Finished, demand_of
 from lazypipe.pipeline.execution.execute import LeaseLostError, StageTask
@@ -27,6 +27,7 @@ from lazypipe.pipeline.tracking.child_run import ChildRun
 from lazypipe.pipeline.tracking.tracker import Tracker
 from lazypipe.stages.contract import PROGRESS_FILE, Interrupted, UserError, first_line
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.warning_lines import read_warnings, warning_text
 
 POLL_S = 0.25
 PUMP_S = 1.0
@@ -52,6 +53,7 @@ class Running:
     child: ChildRun
     directory: Path
     output_dir: Path
+    warned: set[tuple[str, int | None]] = field(default_factory=set)  # (message, step) of warnings on the screen
 
 
 @dataclass
@@ -229,8 +231,10 @@ class Walk:
             running = self.running.pop(finished.node_id)
         node = running.decision.node
         outcome = self.outcomes[node.id]
+        self._show_warnings(running, read_warnings(running.directory / "scratch"))
         if finished.path is not None:
             outcome.state, outcome.generation = "done", read_generation(Path(finished.path))
+            self._show_warnings(running, outcome.generation.manifest.get("warnings", ()))  # the scratch is gone
             self.tracker.finish_child(running.child, node, outcome.generation)
             if node.stage == "tokenize":
                 self.tracker.log_corpus(running.child.run_id, outcome.generation, "tokenized")
@@ -316,18 +320,29 @@ class Walk:
     def _drop(self, node_id: str) -> None:
         with self._pump_lock:
             running = self.running.pop(node_id)
+        self._show_warnings(running, read_warnings(running.directory / "scratch"))
         self._killed(running)
         self._release(running.directory)
 
     # ---- beside the walk
 
     def _pump_until(self, finished: threading.Event) -> None:
-        """Carry metrics to MLflow and progress to the screen while stages run."""
+        """Carry warnings and progress to the screen and metrics to MLflow while stages run."""
         while not finished.wait(PUMP_S):
             with self._pump_lock:
                 for running in self.running.values():
+                    self._show_warnings(running, read_warnings(running.directory / "scratch"))
+                for running in self.running.values():
                     self.tracker.pump(running.child)
             self.display.refresh()
+
+    def _show_warnings(self, running: Running, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Print the warnings of a stage that were not printed yet."""
+        for entry in entries:
+            key = (entry["message"], entry["step"])
+            if key not in running.warned:
+                running.warned.add(key)
+                self.display.note(f"warning: {running.decision.node.id}: {warning_text(entry)}")
 
 
 def _headline(generation: Generation) -> str:

@@ -13,7 +13,6 @@ behind its last whole part, without reading again what came before, and ends wit
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +109,8 @@ def copy_to_parquet(source: HubSource, context: Context) -> list[SourceFile]:
     copied: list[_Copied] = []
     for share, result in zip(shares, results, strict=True):
         if result.problem is not None:
-            warnings.warn(
-                f"a kept part of {share.name} is damaged ({result.problem}); it was copied again, with what follows",
-                stacklevel=2,
+            context.warn(
+                f"a kept part of {share.name} is damaged ({result.problem}); it was copied again, with what follows"
             )
         copied.append(result)
         context.progress(len(copied), len(shares), "shares", phase="copying the dataset")

@@ -3,7 +3,6 @@
 Each part lives in a file of its own: perplexity.py, length_extrapolation.py, probes.py, benchmarks.py.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,10 +58,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
     eos_id = checkpoint.eos_id if trained.facts.get("document_masking") else None
     if eos_id is not None and (config.extrapolation.lengths or usable is not None):
-        warnings.warn(
+        context.warn(
             "trained with document_masking, but extrapolation and probes read on across document borders: compare them "
-            "with each other, not with perplexity_at",
-            stacklevel=2,
+            "with each other, not with perplexity_at"
         )
     where = (trained_length, config.batch_tokens, device, context)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):

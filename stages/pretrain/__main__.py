@@ -35,6 +35,7 @@ from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.pretrain.checkpoint.state import other_identity, run_identity
 from lazypipe.stages.pretrain.determinism import prepare_cublas
 from lazypipe.stages.pretrain.inputs import read_config, verified_corpus
+from lazypipe.stages.warning_lines import read_warnings, warning_text
 
 RESULT = "result.json"
 PRINT_EVERY_S = 10.0
@@ -43,9 +44,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass
 class CommandContext(Context):
-    """A Context that prints its progress, and that a signal stops."""
+    """A Context that prints its progress and the warnings of all ranks, and that a signal stops."""
 
     caught: list[int] = field(default_factory=list)
+    _printed: set[tuple[str, int | None]] = field(default_factory=set, init=False, repr=False)
     _last_line: float = field(default=float("-inf"), init=False, repr=False)
 
     @property
@@ -57,7 +59,20 @@ class CommandContext(Context):
         now = time.monotonic()
         if self.rank == 0 and (now - self._last_line >= PRINT_EVERY_S or done == total):
             self._last_line = now
+            self.print_warnings()  # of the other ranks
             print(progress_line(done, total, unit, numbers), flush=True)
+
+    def write_warning(self, message: str, step: int | None = None) -> None:
+        super().write_warning(message, step)
+        self.print_warnings()
+
+    def print_warnings(self) -> None:
+        """Print what was warned of and not printed yet; rank 0 does it for all."""
+        if self.rank == 0:
+            for entry in read_warnings(self.scratch_dir):
+                if (key := (entry["message"], entry["step"])) not in self._printed:
+                    self._printed.add(key)
+                    _show_warning(warning_text(entry))
 
 
 def progress_line(done: float, total: float, unit: str, numbers: Mapping[str, float | str]) -> str:
@@ -164,8 +179,11 @@ def train(options: argparse.Namespace, caught: list[int]) -> None:
             scratch.mkdir(exist_ok=True)
             (scratch / "stop").unlink(missing_ok=True)
         context = CommandContext(output, scratch, rank, world_size, caught=caught)
-        with ends_noted(scratch) if rank == 0 else nullcontext():
-            outputs = pretrain.run(config, {"tokenize": corpus}, context)
+        try:
+            with context.routed_warnings(), ends_noted(scratch) if rank == 0 else nullcontext():
+                outputs = pretrain.run(config, {"tokenize": corpus}, context)
+        finally:
+            context.print_warnings()
         if rank == 0:
             finish(output, identity, outputs)
 
@@ -253,9 +271,11 @@ def finished_result(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]
 
 def finish(output: Path, identity: Mapping[str, Any], outputs: Outputs) -> None:
     """Write result.json, drop what only a resume needs, and say what came out."""
-    result = {"identity": identity, "metrics": outputs.metrics, "facts": outputs.facts}
+    scratch = output / "scratch"
+    warned = read_warnings(scratch)
+    result = {"identity": identity, "metrics": outputs.metrics, "facts": outputs.facts, "warnings": warned}
     write_atomically(output / RESULT, json.dumps(result, indent=1) + "\n")
-    shutil.rmtree(output / "scratch")
+    shutil.rmtree(scratch)
     print("  ".join(f"{name} {value:.5g}" for name, value in outputs.metrics.items()))
     print(f"model: {output / 'checkpoint'}", flush=True)
 

@@ -9,61 +9,56 @@ from pathlib import Path
 import torch
 
 from lazypipe.model.config import BASELINE_PACKAGE, BASELINES
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import UserError, Warn
 from lazypipe.stages.pretrain.config import PretrainConfig
 
 
-def warn_of_settings(config: PretrainConfig, world_size: int = 1) -> None:
+def warn_of_settings(config: PretrainConfig, world_size: int = 1, warn: Warn = warnings.warn) -> None:
     """Warn of settings that do not do what they say in this model, and of workers without work."""
     if world_size > config.micro_batches_per_step:
-        warnings.warn(
+        warn(
             f"{world_size} workers share {config.micro_batches_per_step} micro-batches a step, so the rest of them is "
-            "idle; lower workers or micro_batch_size, or raise tokens_per_step",
-            stacklevel=2,
+            "idle; lower workers or micro_batch_size, or raise tokens_per_step"
         )
     if config.warmup_steps >= config.steps:
-        warnings.warn(
+        warn(
             f"warmup_steps={config.warmup_steps} is not below steps={config.steps}: the learning rate only rises, to "
-            f"{config.steps / config.warmup_steps:.3g} of lr={config.lr:g}",
-            stacklevel=2,
+            f"{config.steps / config.warmup_steps:.3g} of lr={config.lr:g}"
         )
+    if config.parallel == "fsdp" and world_size == 1:
+        warn("parallel=fsdp has nothing to share out with one worker; the model stays whole")
     for name, schedules in (("decay_fraction", ("wsd",)), ("min_lr_fraction", ("cosine", "linear", "wsd"))):
         value = getattr(config, name)
         if config.schedule not in schedules and value != type(config).model_fields[name].default:
-            warnings.warn(f"{name}={value:g} has no effect with schedule={config.schedule}", stacklevel=2)
+            warn(f"{name}={value:g} has no effect with schedule={config.schedule}")
     if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
-        warnings.warn(
+        warn(
             f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
-            f"mixer={config.model.mixer} is not; they change nothing",
-            stacklevel=2,
+            f"mixer={config.model.mixer} is not; they change nothing"
         )
     if config.spike_sigma is None and config.spike_window != type(config).model_fields["spike_window"].default:
-        warnings.warn(f"spike_window={config.spike_window} has no effect without spike_sigma", stacklevel=2)
+        warn(f"spike_window={config.spike_window} has no effect without spike_sigma")
     if config.tau_bias_lr_multiplier != 1 and not config.tau_bias_apart:
-        warnings.warn(
+        warn(
             f"tau_bias_lr_multiplier={config.tau_bias_lr_multiplier:g} is for tau and the distance bias of Lazy "
-            "Attention, of which this model has none",
-            stacklevel=2,
+            "Attention, of which this model has none"
         )
     if config.activation_checkpointing != "none" and config.model.mixer in BASELINES:
-        warnings.warn(
+        warn(
             f"activation_checkpointing={config.activation_checkpointing} is for blocks of our own; "
-            f"mixer={config.model.mixer} trains without",
-            stacklevel=2,
+            f"mixer={config.model.mixer} trains without"
         )
     if config.compile and config.model.mixer in BASELINES:
-        warnings.warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without", stacklevel=2)
+        warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without")
     elif config.compile and (uncompiled := _uncompiled_mixers(config)):
-        warnings.warn(
+        warn(
             f"compile=true has no effect on layers of {', '.join(uncompiled)} with document_masking and "
-            f"activation_checkpointing={config.activation_checkpointing}; leave out one of the three",
-            stacklevel=2,
+            f"activation_checkpointing={config.activation_checkpointing}; leave out one of the three"
         )
     if config.sink_balance and config.model.mixer != "sink":
-        warnings.warn(
+        warn(
             f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
-            "none, and trains without",
-            stacklevel=2,
+            "none, and trains without"
         )
 
 

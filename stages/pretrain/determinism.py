@@ -8,7 +8,6 @@ may differ from run to run unless they are told not to.
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
@@ -34,10 +33,9 @@ def deterministic_if_asked(run: Run) -> Run:
         if torch.cuda.is_available():
             prepare_cublas(os.environ, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
         if config.model.mixer in BASELINES:
-            warnings.warn(
+            context.warn(
                 f"deterministic=true: whether the kernels of mixer={config.model.mixer} repeat themselves is up to "
-                "flash-linear-attention",
-                stacklevel=2,
+                "flash-linear-attention"
             )
         with determinism():
             return run(config, inputs, context)

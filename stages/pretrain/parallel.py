@@ -9,7 +9,6 @@ which is what autocast would cast them to, and reduce gradients in float32; resi
 float32. Sharding therefore changes the order of sums and nothing else, and with reduction=ordered not even that.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -44,8 +43,6 @@ def place_model(model: Transformer, config: PretrainConfig, device: torch.device
     """
     if config.parallel == "fsdp" and world_size > 1:
         shard_model(model, config, device, world_size)
-    elif config.parallel == "fsdp":
-        warnings.warn("parallel=fsdp has nothing to share out with one worker; the model stays whole", stacklevel=2)
     return model.to(device)
 
 

@@ -5,7 +5,6 @@ out costs its batch: weights and moments stay, the data and the learning rate go
 """
 
 import math
-import warnings
 
 from lazypipe.stages.pretrain.checkpoint.state import RunState
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -34,9 +33,7 @@ def reason_to_skip(state: RunState, config: PretrainConfig, loss: float, norm: f
 
 
 def record(state: RunState, config: PretrainConfig, reason: str | None, loss: float, norm: float) -> None:
-    """Keep account of step `state.step`, taken or left out for `reason`; warns of the latter."""
-    if reason is not None:
-        warnings.warn(f"step {state.step} skipped: {reason}", stacklevel=2)
+    """Keep account of step `state.step`, taken or left out for `reason`."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         state.nonfinite_steps += 1
         state.nonfinite_in_a_row += 1

@@ -73,7 +73,7 @@ def train_with(
     held_out = validation_windows(validation, config.seq_len, config.validation_windows)
     side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
     training_batch(train, config.seq_len, config.seed, 0, 1)  # refuses a corpus too small before any compute
-    warn_of_settings(config, context.world_size)
+    warn_of_settings(config, context.world_size, context.warn)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_baseline(config.model, device)
@@ -118,6 +118,8 @@ def train_with(
         state.train_seconds += seconds
         waited = train.batch_seconds - waited_before
         state.wait_seconds += waited
+        if reason is not None:
+            context.warn(f"skipped: {reason}", state.step)
         record(state, config, reason, loss_value, norm_value)
         gave_up = diverged(state, config)
 

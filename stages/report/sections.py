@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.report.table import MISSING, loss, perplexity
+from lazypipe.stages.warning_lines import warning_text
 
 MAX_ATTENTION_LAYERS = 3  # first, middle and last; the rest is among the sparsity stage's own figures
 
@@ -129,9 +130,9 @@ def copy_figures(variants: Sequence[Variant], output_dir: Path) -> list[dict[str
 def warnings_of(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
     """Every warning an upstream stage left in its manifest, with the stage's name."""
     return [
-        {"node": node, "message": message}
+        {"node": node, "message": warning_text(entry)}
         for node, artifact in inputs.items()
-        for message in artifact.manifest.get("warnings", [])
+        for entry in artifact.manifest.get("warnings", [])
     ]
 
 

@@ -10,7 +10,6 @@ which attention crosses here as in training; a model trained with document_maski
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,10 +46,9 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
     shards = TokenShards(inputs["tokenize"].path / "validation")
     windows = validation_windows(shards, config.seq_len, config.windows)
     if len(windows) < config.windows:
-        warnings.warn(
+        context.warn(
             f"the validation split holds {len(windows)} windows of seq_len={config.seq_len}, "
-            f"{config.windows} were asked for; the attention is measured on these {len(windows)}",
-            stacklevel=2,
+            f"{config.windows} were asked for; the attention is measured on these {len(windows)}"
         )
     checkpoint = load_model(inputs["pretrain"].path / "checkpoint", device)
     model = checkpoint.model
@@ -60,10 +58,9 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
         raise UserError(f"sparsity.seq_len: {too_long}")
     beyond_training = config.seq_len > model.config.max_seq_len
     if beyond_training:
-        warnings.warn(
+        context.warn(
             f"sparsity.seq_len={config.seq_len} is above model.max_seq_len={model.config.max_seq_len}: "
-            "the attention is measured on longer windows than the model was meant for",
-            stacklevel=2,
+            "the attention is measured on longer windows than the model was meant for"
         )
     seed = int(inputs["pretrain"].manifest.get("config", {}).get("seed", PretrainConfig().seed))
     untrained = build_model(model.config, checkpoint.vocab_size, seed=seed).to(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lazypipe.stages.contract import Warn
 from lazypipe.stages.tokenization.documents import Part
 from lazypipe.stages.tokenization.filters import dropped_counts
 from lazypipe.stages.tokenization.scan import PartScan
@@ -97,32 +97,29 @@ def source_rows(
     return list(files.values())
 
 
-def warn_of_invalid_utf8(sources: Sequence[Mapping[str, Any]]) -> None:
+def warn_of_invalid_utf8(sources: Sequence[Mapping[str, Any]], warn: Warn) -> None:
     damaged = [row for row in sources if row["invalid_utf8_bytes"]]
     for row in damaged[:_FILES_NAMED]:
-        warnings.warn(
+        warn(
             f"{row['file']}: {row['invalid_utf8_bytes']} bytes are not UTF-8 and were replaced by U+FFFD "
-            "(tokenize.invalid_utf8: refuse makes this an error)",
-            stacklevel=2,
+            "(tokenize.invalid_utf8: refuse makes this an error)"
         )
     if len(damaged) > _FILES_NAMED:
-        warnings.warn(f"{len(damaged) - _FILES_NAMED} more files hold bytes that are not UTF-8", stacklevel=2)
+        warn(f"{len(damaged) - _FILES_NAMED} more files hold bytes that are not UTF-8")
 
 
-def warn_of_large_validation(split: Split, total_bytes: int, validation_fraction: float) -> None:
+def warn_of_large_validation(split: Split, total_bytes: int, validation_fraction: float, warn: Warn) -> None:
     share = split.validation_bytes / total_bytes
     if share > max(0.5, validation_fraction + 0.1):
-        warnings.warn(
+        warn(
             f"{share:.0%} of the text is held out for validation, {validation_fraction:.0%} was asked: documents are "
-            "held out whole, and a very long one is among them; divide it (source.document_separator) or add documents",
-            stacklevel=2,
+            "held out whole, and a very long one is among them; divide it (source.document_separator) or add documents"
         )
 
 
-def warn_of_eos_in_text(occurrences: int, eos_token: str) -> None:
+def warn_of_eos_in_text(occurrences: int, eos_token: str, warn: Warn) -> None:
     if occurrences:
-        warnings.warn(
+        warn(
             f"the text spells out the end-of-document token {eos_token} {occurrences} times; it was encoded as plain "
-            "characters. If it separates documents of a txt file, set source.document_separator to it",
-            stacklevel=2,
+            "characters. If it separates documents of a txt file, set source.document_separator to it"
         )

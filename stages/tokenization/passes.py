@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -102,7 +101,7 @@ def scan_corpus(config: TokenizeConfig, context: Context) -> Corpus:
     scans: list[list[PartScan]] = []
     done = resumed = 0
     for unit, scan in zip(units, _map(scan_unit, tasks, context), strict=True):
-        _warn_of_damage(scan.problem, "read")
+        _warn_of_damage(scan.problem, "read", context)
         scans.append(scan.parts)
         resumed += scan.resumed
         done += sum(part.size for part in unit)
@@ -140,7 +139,7 @@ def encode_corpus(
     token_counts = np.zeros(coder.num_ids, dtype=np.int64)
     done_bytes = done_tokens = eos_in_text = resumed = 0
     for number, unit in enumerate(results, start=1):
-        _warn_of_damage(unit.problem, "encoded")
+        _warn_of_damage(unit.problem, "encoded", context)
         for name, part in unit.splits.items():
             splits[name].append(part)
             done_bytes += part.bytes
@@ -208,6 +207,6 @@ def _unit_name(number: int) -> str:
     return f"unit-{number:06d}"
 
 
-def _warn_of_damage(problem: str | None, again: str) -> None:
+def _warn_of_damage(problem: str | None, again: str, context: Context) -> None:
     if problem is not None:
-        warnings.warn(f"a kept unit is damaged ({problem}); it was {again} again", stacklevel=3)
+        context.warn(f"a kept unit is damaged ({problem}); it was {again} again")

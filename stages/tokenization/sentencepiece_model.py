@@ -7,11 +7,10 @@ character map). The result is compared with SentencePiece on a few lines, and a 
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import UserError, Warn
 
 _SPACE = "▁"
 _PROBES = (
@@ -37,7 +36,7 @@ def eos_piece(path: Path) -> str | None:
     return str(trainer.eos_piece) if trainer.eos_id >= 0 else None
 
 
-def convert(path: Path) -> Any:
+def convert(path: Path, warn: Warn) -> Any:
     """A tokenizers.Tokenizer with the model's ids. UserError for model types other than Unigram and BPE."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
@@ -82,21 +81,20 @@ def convert(path: Path) -> Any:
     if normalizer.add_dummy_prefix:
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
-    _compare(tokenizer, path)
+    _compare(tokenizer, path, warn)
     return tokenizer
 
 
-def _compare(tokenizer: Any, path: Path) -> None:
+def _compare(tokenizer: Any, path: Path, warn: Warn) -> None:
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_file=str(path))
     for text in _PROBES:
         expected, got = processor.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
         if expected != got:
-            warnings.warn(
+            warn(
                 f"{path.name}: the converted tokenizer differs from SentencePiece on {text!r} ({got} instead of "
-                f"{expected}); the converted one is used and saved with the model",
-                stacklevel=3,
+                f"{expected}); the converted one is used and saved with the model"
             )
             return
 

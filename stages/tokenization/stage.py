@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -78,20 +77,19 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     filtered = filter_documents(config.filters, digests, found_sizes, corpus.column("chars"))
     sizes = filtered.sizes
     sources = source_rows(corpus.units, corpus.scans, filtered.reasons)
-    warn_of_invalid_utf8(sources)
+    warn_of_invalid_utf8(sources, context.warn)
     split = choose_validation(digests, sizes, config.validation_fraction)
     del digests
-    warn_of_large_validation(split, int(sizes.sum()), config.validation_fraction)
+    warn_of_large_validation(split, int(sizes.sum()), config.validation_fraction, context.warn)
 
     tokenizer, eos_token, tokenizer_resumed = _tokenizer(config, corpus, sizes, split, context)
     num_ids = number_of_ids(tokenizer)
     check_vocabulary(num_ids, config.token_dtype)
     if sizes.max() > PIECE_BYTES and not joins_pieces_exactly(tokenizer):
-        warnings.warn(
+        context.warn(
             f"{int((sizes > PIECE_BYTES).sum())} documents are longer than {PIECE_BYTES} bytes and are encoded in "
             "pieces cut at line breaks; this tokenizer treats the beginning of a text specially, so a few tokens at "
-            "those places differ from encoding the document at once",
-            stacklevel=2,
+            "those places differ from encoding the document at once"
         )
     tokenizer_json = context.output_dir / "tokenizer" / _TOKENIZER_FILE
     tokenizer_json.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +98,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     eos_id = int(tokenizer.token_to_id(eos_token))
     coder = Coder(tokenizer_json, file_sha256(tokenizer_json), eos_id, eos_token, num_ids, config.token_dtype)
     encoded = encode_corpus(config, corpus, sizes, split, coder, context)
-    warn_of_eos_in_text(encoded.eos_in_text, eos_token)
+    warn_of_eos_in_text(encoded.eos_in_text, eos_token, context.warn)
     splits = _assemble(encoded.splits, context.output_dir)
     histogram = length_histogram({name: _document_lengths(context.output_dir / name) for name in splits})
     context.log_table("document_lengths", histogram)
@@ -158,7 +156,7 @@ def _tokenizer(
     from tokenizers import Tokenizer
 
     if not isinstance(config.tokenizer, TrainTokenizer):
-        tokenizer, own_eos = load_tokenizer(config.tokenizer)
+        tokenizer, own_eos = load_tokenizer(config.tokenizer, context.warn)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         eos_token = find_eos(vocabulary, special_tokens(tokenizer), config.tokenizer.eos_token, own_eos)
         return tokenizer, eos_token, False
@@ -168,14 +166,14 @@ def _tokenizer(
     key = work_key(corpus.keys, sides_key(split.sides), how)
     earlier = kept(target, key)
     if earlier.problem is not None:
-        warnings.warn(f"the kept tokenizer is damaged ({earlier.problem}); it is trained again", stacklevel=2)
+        context.warn(f"the kept tokenizer is damaged ({earlier.problem}); it is trained again")
     if earlier.facts is not None:
         tokenizer = Tokenizer.from_file(str(target / _TOKENIZER_FILE))
-        warn_of_small_vocabulary(tokenizer, vocab_size)
+        warn_of_small_vocabulary(tokenizer, vocab_size, context.warn)
         return tokenizer, TRAINED_EOS, True
     texts = training_texts(corpus.units, corpus.layout, split.sides, sizes, config.validation_fraction)
     total = int(sizes.sum()) - split.validation_bytes
-    tokenizer = train_tokenizer(_watched(texts, total, context), vocab_size)
+    tokenizer = train_tokenizer(_watched(texts, total, context), vocab_size, context.warn)
 
     def write(directory: Path) -> dict[str, Any]:
         tokenizer.save(str(directory / _TOKENIZER_FILE))

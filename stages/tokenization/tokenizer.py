@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lazypipe.stages.tokenization.sentencepiece_model as sentencepiece_model
-from lazypipe.stages.contract import UserError, file_sha256
+from lazypipe.stages.contract import UserError, Warn, file_sha256
 from lazypipe.stages.tokenization.config import FileTokenizer, HubTokenizer, TrainTokenizer
 from lazypipe.stages.tokenization.documents import cut_into_pieces
 
@@ -28,7 +28,7 @@ _LOCAL_FILES = ("*.json", "*.model", "*.txt")
 _TRAINING_PIECE = 2**16
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, warn: Warn = warnings.warn) -> Any:
     """A byte-level BPE (GPT-2's pattern, no prefix space) of at most vocab_size tokens, id 0 = <|endoftext|>.
 
     Deterministic in the texts' content. Text that affords fewer merges gives a smaller vocabulary and a warning.
@@ -45,25 +45,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_training_pieces(texts), trainer)
-    warn_of_small_vocabulary(tokenizer, vocab_size)
+    warn_of_small_vocabulary(tokenizer, vocab_size, warn)
     return tokenizer
 
 
-def warn_of_small_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+def warn_of_small_vocabulary(tokenizer: Any, vocab_size: int, warn: Warn) -> None:
     if tokenizer.get_vocab_size() < vocab_size:
-        warnings.warn(
+        warn(
             f"the training text affords a vocabulary of {tokenizer.get_vocab_size()} tokens, not {vocab_size}; "
-            "the smaller one is used",
-            stacklevel=2,
+            "the smaller one is used"
         )
 
 
-def load_tokenizer(config: FileTokenizer | HubTokenizer) -> tuple[Any, str | None]:
+def load_tokenizer(config: FileTokenizer | HubTokenizer, warn: Warn = warnings.warn) -> tuple[Any, str | None]:
     """(tokenizers.Tokenizer, its own EOS token if it names one). UserError when it cannot be loaded."""
     if isinstance(config, FileTokenizer):
         path = _existing_file(config)
         if path.suffix == ".model":
-            tokenizer, own_eos = sentencepiece_model.convert(path), sentencepiece_model.eos_piece(path)
+            tokenizer, own_eos = sentencepiece_model.convert(path, warn), sentencepiece_model.eos_piece(path)
         else:
             tokenizer, own_eos = _from_json_file(path), None
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazypipe.pipeline.execution.execute import map_in_processes
 from lazypipe.stages import contract
-from lazypipe.stages.contract import Context, file_sha256, write_atomically
+from lazypipe.stages.contract import Context, StageWarning, file_sha256, write_atomically
+from lazypipe.stages.warning_lines import read_warnings, warning_text
 
 
 def context_in(directory: Path, **fields: Any) -> Context:
@@ -73,6 +76,96 @@ def test_a_stop_is_requested_by_a_file(tmp_path: Path) -> None:
     assert not context.stop_requested
     (tmp_path / "scratch" / "stop").touch()
     assert context.stop_requested
+
+
+# ---- warnings
+
+
+def warned(directory: Path) -> list[tuple[str, int | None, list[int]]]:
+    return [(w["message"], w["step"], w["ranks"]) for w in read_warnings(directory / "scratch")]
+
+
+def test_a_warning_is_a_line_of_its_rank_and_a_python_warning(tmp_path: Path) -> None:
+    contexts = [context_in(tmp_path, rank=rank, world_size=3) for rank in range(3)]
+    with pytest.warns(StageWarning, match="^step 5: skipped: loss nan$") as seen:
+        contexts[1].warn("skipped: loss nan", step=5)
+    assert Path(seen[0].filename) == Path(__file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for context in contexts:
+            context.warn("parallel=fsdp has no effect")
+        contexts[2].warn("skipped: loss nan", step=6)
+    names = sorted(path.name for path in (tmp_path / "scratch").iterdir())
+    assert names == [f"warnings-{rank:05d}.jsonl" for rank in range(3)]
+    assert warned(tmp_path) == [
+        ("skipped: loss nan", 5, [1]),
+        ("parallel=fsdp has no effect", None, [0, 1, 2]),
+        ("skipped: loss nan", 6, [2]),
+    ]
+    texts = [warning_text(entry) for entry in read_warnings(tmp_path / "scratch")]
+    assert texts[:2] == ["step 5: skipped: loss nan (rank 1)", "parallel=fsdp has no effect"]
+    assert warning_text("of a manifest of before") == "of a manifest of before"
+
+
+def test_a_repetition_after_a_crash_is_one_warning_and_a_torn_line_costs_no_other(tmp_path: Path) -> None:
+    context_in(tmp_path).write_warning("a kept unit is damaged")
+    with (tmp_path / "scratch" / "warnings-00000.jsonl").open("ab") as file:
+        file.write(b'{"time": 1, "mess')  # killed here
+    again = context_in(tmp_path)
+    again.write_warning("a kept unit is damaged")
+    again.write_warning("skipped: loss inf", 3)
+    assert warned(tmp_path) == [("a kept unit is damaged", None, [0]), ("skipped: loss inf", 3, [0])]
+
+
+def test_many_warnings_of_one_kind_are_a_few_lines(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    for step in range(1, 101):
+        context.write_warning(f"skipped: loss {step / 7:g}, gradient norm {'nan' if step % 2 else 1e-9}", step)
+    context.write_warning("another kind")
+    steps = [step for _, step, _ in warned(tmp_path)]
+    assert steps == [*range(1, 17), 32, 64, None]
+    assert warned(tmp_path)[-2][0].endswith("(warning 64 of this kind)")
+
+
+def test_a_warning_on_a_full_disk_is_printed_and_written_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = context_in(tmp_path)
+    append = contract._append
+
+    def full(path: Path, lines: bytes) -> None:  # noqa: ARG001
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(contract, "_append", full)
+    context.write_warning("no checkpoint of step 2")
+    assert capsys.readouterr().err == "warning: no checkpoint of step 2\n"
+    context.progress(1, 2, "steps")
+    monkeypatch.setattr(contract, "_append", append)
+    context.progress(2, 2, "steps")
+    assert warned(tmp_path) == [("no checkpoint of step 2", None, [0])] and not capsys.readouterr().err
+
+
+def test_warnings_of_libraries_are_routed_and_the_stage_s_own_are_written_once(tmp_path: Path) -> None:
+    context = context_in(tmp_path)
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        with context.routed_warnings():
+            warnings.warn("a library says", stacklevel=1)
+            context.warn("the stage says", step=1)
+            warnings.warn("numbers overflow", RuntimeWarning, stacklevel=1)
+    assert warned(tmp_path) == [("a library says", None, [0]), ("the stage says", 1, [0])]
+    assert [str(warning.message) for warning in others] == ["numbers overflow"]
+
+
+def warn_and_double(item: int) -> int:
+    warnings.warn(f"file {item} is odd" if item % 2 else "a library says", stacklevel=1)
+    return 2 * item
+
+
+def test_warnings_of_map_s_processes_are_the_stage_s(tmp_path: Path) -> None:
+    context = context_in(tmp_path, map_function=map_in_processes(2))
+    assert list(context.map(warn_and_double, range(4))) == [0, 2, 4, 6]
+    assert sorted(message for message, _, _ in warned(tmp_path)) == ["a library says", "file 1 is odd", "file 3 is odd"]
 
 
 # ---- tables and maps

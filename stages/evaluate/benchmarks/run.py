@@ -99,10 +99,9 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
     for result in results:
         counts = result["counts"]
         if counts["truncated"]:
-            warnings.warn(
+            context.warn(
                 f"{result['task']}: {counts['truncated']} of {counts['requests']} prompts were longer than "
-                f"{counts['max_length']} tokens and lost their first ones ({counts['tokens_cut']} tokens)",
-                stacklevel=2,
+                f"{counts['max_length']} tokens and lost their first ones ({counts['tokens_cut']} tokens)"
             )
     rows = [row for result in results for row in result["rows"]]
     context.log_table(TABLE, rows)

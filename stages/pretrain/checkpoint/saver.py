@@ -8,10 +8,8 @@ save on all of them, and none waits for ever.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,8 +90,7 @@ class CheckpointSaver:
         check_process_group(context)
         if context.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        warn = partial(warnings.warn, stacklevel=2)
-        newest = self._together(lambda: newest_checkpoint(self.folder, warn) if context.rank == 0 else None)[0]
+        newest = self._together(lambda: newest_checkpoint(self.folder, context.warn) if context.rank == 0 else None)[0]
         seen = self._together(lambda: None if newest is None else _manifest_digest(newest))
         if len(set(seen)) > 1:
             raise UserError(
@@ -151,11 +148,7 @@ class CheckpointSaver:
         try:
             save()
         except OSError as error:
-            message = f"no checkpoint of step {step}: {error}; training goes on, with the checkpoints before"
-            warnings.warn(message, stacklevel=3)  # for the manifest, at the end of the stage
-            with contextlib.suppress(OSError):  # a log on the same disk
-                if self.context.rank == 0:
-                    print(f"warning: {message}", file=sys.stderr, flush=True)  # for whoever can make room now
+            self.context.warn(f"no checkpoint of step {step}: {error}; training goes on, with the checkpoints before")
 
     def _copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """A copy in host memory, in buffers kept from one save to the next (shards of DTensors stay DTensors)."""

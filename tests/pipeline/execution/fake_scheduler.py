@@ -26,7 +26,7 @@ from tests.pipeline.store.filled_store import SMALL, SOURCE
 Behaviour = Callable[["FakeBackend", StageTask, Sequence[str]], "BaseException | str | None"]
 
 
-def commit_task(task: StageTask, input_paths: Sequence[str], text: str = "made here") -> str:
+def commit_task(task: StageTask, input_paths: Sequence[str], text: str = "made here", **more: Any) -> str:
     """What execute_stage does at the end: a committed generation of the task's recipe."""
     (task.entry / task.generation / "result.txt").write_text(text)
     generations = [read_generation(Path(path)) for path in input_paths]
@@ -34,7 +34,7 @@ def commit_task(task: StageTask, input_paths: Sequence[str], text: str = "made h
         name: {"fingerprint": g.fingerprint, "generation": g.id}
         for name, g in zip(task.input_names, generations, strict=True)
     }
-    body = {
+    body = more | {
         "fingerprint": task.fingerprint,
         "config": dict(task.config),
         "metrics": {},

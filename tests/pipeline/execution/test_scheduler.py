@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from lazypipe.pipeline.execution import scheduler
 from lazypipe.pipeline.execution.backends import Capacity, Demand
 from lazypipe.pipeline.execution.execute import StageTask
 from lazypipe.pipeline.planning.plan import Selection
 from lazypipe.pipeline.store.lease import living_holder
 from lazypipe.pipeline.store.store import Store
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import Context, UserError
+from lazypipe.stages.warning_lines import read_warnings
 from tests.pipeline.execution.fake_scheduler import FakeBackend, commit_task, fail, make_walk, small_nodes, walked
 from tests.pipeline.store.filled_store import ALL, filled
 
@@ -153,6 +155,34 @@ def test_any_other_error_at_the_start_ends_the_walk_and_frees_its_leases(tmp_pat
     with pytest.raises(ConnectionError):
         walk.run()
     assert living_holder(store.entry("tokenize", nodes["tokenize"].fingerprint).path) is None
+
+
+# ---- warnings
+
+
+def test_warnings_are_shown_once_each_while_the_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by rank 1, then by rank 0 too; of the last one, written just before the commit, the manifest knows."""
+    monkeypatch.setattr(scheduler, "PUMP_S", 0.01)
+    seen: list[str] = []
+
+    def warn_and_train(_backend: FakeBackend, task: StageTask, paths: Sequence[str]) -> str | None:
+        scratch = task.entry / "scratch"
+        if not seen:
+            Context(task.entry, scratch, rank=1).write_warning("skipped: loss nan", 5)
+            seen.append(out.getvalue())
+        if "warning" not in out.getvalue():
+            return None
+        seen.append(out.getvalue())
+        Context(task.entry, scratch).write_warning("skipped: loss nan", 5)
+        Context(task.entry, scratch).write_warning("the last word")
+        return commit_task(task, paths, warnings=read_warnings(scratch))
+
+    walk, _, out, _ = make_walk(Store(tmp_path), FakeBackend({"pretrain/lazy": warn_and_train}))
+    walk.run()
+    assert "warning: pretrain/lazy: step 5: skipped: loss nan (rank 1)\n" in seen[1]
+    assert "pretrain/lazy: done" not in seen[1]
+    assert out.getvalue().count("skipped: loss nan") == 1
+    assert out.getvalue().count("warning: pretrain/lazy: the last word\n") == 1
 
 
 # ---- identical variants

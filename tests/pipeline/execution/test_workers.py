@@ -18,7 +18,7 @@ from lazypipe.pipeline.execution.ray_train import _cause
 from lazypipe.pipeline.experiment.schema import Experiment, PretrainResources, load_experiment
 from lazypipe.pipeline.planning.plan import Node
 from lazypipe.stages.contract import UserError
-from tests.pipeline.tiny import clean_environment, current_manifest, mlflow_runs, write_experiment
+from tests.pipeline.tiny import clean_environment, current_manifest, lazypipe, mlflow_runs, write_experiment
 
 
 def experiment(folder: Path, *overrides: str) -> Experiment:
@@ -86,16 +86,51 @@ def test_the_dead_are_named_before_those_who_lost_them() -> None:
     assert _cause({0: unwell}) == "worker 0: The actor died unexpectedly"
 
 
+# Loaded by every Python process that finds it in PYTHONPATH: rank 1 warns after step 5, and so does a library there.
+WARNING_WORKER = """
+import warnings
+from lazypipe.stages.contract import Context
+progress = Context.progress
+def warn_at_step_5(self, done, *others, **numbers):
+    if self.rank == 1 and done == 5:
+        self.warn("the disk is slow", step=5)
+        warnings.warn("a library says")
+    progress(self, done, *others, **numbers)
+Context.progress = warn_at_step_5
+"""
+
+
 @pytest.mark.long
 def test_a_group_that_loses_a_worker_goes_on_and_says_so(tmp_path: Path) -> None:
-    """kill -9 of one of two Ray Train workers: every step is logged once, and the run knows of two attempts."""
+    """kill -9 of one of two Ray Train workers: every step is logged once, and the run knows of two attempts.
+
+    What rank 1 warned of before is on the screen while training goes on, and in the manifest and the report.
+    """
+    (tmp_path / "sitecustomize.py").write_text(WARNING_WORKER)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     config, root = write_experiment(tmp_path), tmp_path / "output"
     overrides = ["pretrain.steps=600", "pretrain.checkpoint_every=50", "resources.pretrain.workers={min: 1, max: 2}"]
     overrides += ["pretrain.reduction=ordered", "~variants.standard"]
     command = [sys.executable, "-m", "lazypipe", "run", str(config), *overrides, "--only", "pretrain"]
     process = subprocess.Popen(
-        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=clean_environment(PYTHONPATH=path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
+    assert process.stdout is not None
+    warned = {
+        "warning: pretrain/lazy: step 5: the disk is slow (rank 1)",
+        "warning: pretrain/lazy: a library says (rank 1)",
+    }
+    shown: list[str] = []
+    while not warned <= set(shown):
+        line = process.stdout.readline().decode()
+        assert line, "".join(shown)
+        shown.append(line.rstrip("\n"))
+    (lines,) = root.glob("store/pretrain/*/scratch/warnings-00001.jsonl")
+    assert time.time() - json.loads(lines.read_text().splitlines()[0])["time"] < 10
     deadline = time.monotonic() + 150
     while not list(root.glob("store/pretrain/*/scratch/checkpoints/step-*/manifest.json")):
         assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read().decode()
@@ -108,6 +143,7 @@ def test_a_group_that_loses_a_worker_goes_on_and_says_so(tmp_path: Path) -> None
     os.kill(workers[-1].pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said.decode()
+    assert "warning: pretrain" not in said.decode(), "each is shown once"
 
     manifest = current_manifest(root, "pretrain", "lazy")
     first, second = manifest["facts"]["attempts"]
@@ -123,4 +159,12 @@ def test_a_group_that_loses_a_worker_goes_on_and_says_so(tmp_path: Path) -> None
     client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(steps) == list(range(1, 601)), "every step once"
-    print(json.dumps(manifest["facts"]["attempts"]))
+
+    assert {(w["message"], w["step"], *w["ranks"]) for w in manifest["warnings"]} >= {
+        ("the disk is slow", 5, 1),
+        ("a library says", None, 1),
+    }
+    result = lazypipe("run", config, *overrides, "--local")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (report,) = root.glob("store/report/*/*/report.md")
+    assert "* pretrain/lazy: step 5: the disk is slow (rank 1)" in report.read_text()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lazypipe.stages.contract import Artifact, file_sha256
+from lazypipe.stages.contract import Artifact, Context, file_sha256
 from lazypipe.stages.pretrain import __main__ as pretrain_command
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -140,6 +141,8 @@ def test_ctrl_c_saves_and_leaves(
     def interrupted(self: Any, step: int, metrics: Any) -> None:
         honest(self, step, metrics)
         if step == 3:
+            Context(self.output_dir, self.scratch_dir, rank=1).write_warning("the disk is slow", step)
+            warnings.warn("a library says", stacklevel=1)
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(pretrain_command.CommandContext, "log_metrics", interrupted)
@@ -147,9 +150,18 @@ def test_ctrl_c_saves_and_leaves(
     arguments = [str(file), "--tokens", str(corpus.path), "--output", str(tmp_path / "out")]
     assert pretrain_command.main(arguments) == 130
     assert signal.getsignal(signal.SIGINT) == before
-    assert "stopped at step 4 of 12" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "stopped at step 4 of 12" in said.out
+    warned = ["warning: step 3: the disk is slow (rank 1)", "warning: a library says"]
+    assert sorted(said.err.splitlines()) == sorted(warned), "as soon as they are written, of all ranks"
     assert pretrain_command.main(arguments) == 0
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["facts"]["resumed_from"] == 4
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["facts"]["resumed_from"] == 4
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(warned)
+    assert {(w["message"], w["step"], *w["ranks"]) for w in result["warnings"]} == {
+        ("the disk is slow", 3, 1),
+        ("a library says", None, 0),
+    }
 
 
 def as_torchrun_starts_it(rank: int, world_size: int, port: int, arguments: list[str]) -> None:

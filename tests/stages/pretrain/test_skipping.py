@@ -91,7 +91,7 @@ def trained_weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "output" / "checkpoint" / "model.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore:step .* skipped. .* is a spike")
+@pytest.mark.filterwarnings("ignore:step .*skipped. .* is a spike")
 def test_spikes_are_skipped_alike_after_a_resume_and_on_two_workers(corpus: Artifact, tmp_path: Path) -> None:
     """Bitwise after the resume, whose window was filled before it; to rounding with a second worker."""
     config = tiny_run("standard", **SPIKES)
@@ -123,7 +123,7 @@ def test_spikes_are_skipped_alike_after_a_resume_and_on_two_workers(corpus: Arti
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:step .* skipped. loss")
+@pytest.mark.filterwarnings("ignore:step .*skipped. loss")
 def test_giving_up_saves_the_last_good_weights_and_says_what_next(
     corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,7 @@ def test_giving_up_saves_the_last_good_weights_and_says_what_next(
     assert (outputs.facts["resumed_from"], outputs.facts["nonfinite_steps"]) == (7, 5)
 
 
-@pytest.mark.filterwarnings("ignore:step .* skipped. loss")
+@pytest.mark.filterwarnings("ignore:step .*skipped. loss")
 def test_giving_up_at_the_last_step_is_no_riddle_to_the_next_start(
     corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,7 +249,7 @@ def test_a_non_finite_step_is_skipped_and_counted(
         return loss
 
     monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
-    with pytest.warns(UserWarning, match="step 4 skipped"):
+    with pytest.warns(UserWarning, match="step 4: skipped"):
         outputs = train(tiny_run("standard"), corpus, tmp_path)
     assert outputs.facts["nonfinite_steps"] == 1
     assert torch.equal(weights_seen[3], weights_seen[4])
@@ -259,14 +259,14 @@ def test_a_non_finite_step_is_skipped_and_counted(
     assert fourth["loss"] is not None
 
 
-@pytest.mark.filterwarnings("ignore:step [1-9] skipped")
+@pytest.mark.filterwarnings("ignore:step [1-9]. skipped")
 def test_divergence_stops_with_the_reason(corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(model: Transformer, *_: Any) -> Losses:
         return losses_of_logits(model.embedding.weight * math.nan, torch.zeros(model.vocab_size, dtype=torch.int64))
 
     monkeypatch.setattr(window_losses, "next_token_losses", nothing)
     with (
-        pytest.warns(UserWarning, match="step 10 skipped"),
+        pytest.warns(UserWarning, match="step 10: skipped"),
         pytest.raises(RuntimeError, match=r"not finite in 10 steps in a row.*step 10.*lower lr"),
     ):
         train(tiny_run("standard"), corpus, tmp_path)

@@ -62,7 +62,7 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
             PretrainConfig.model_validate({"model": {"mixer": mixer}, "seed": 3}),
             {"loss": 4.0, "tokens_per_s": 1000.0 + 500 * number},
             {"parameters": 800_000 + 2064 * lazy, "steps": 4, "threads": 2, "device": "cpu"},
-            warnings=["<b>bold</b> warning"] if lazy else [],
+            warnings=["<b>bold</b> warning", {"message": "skipped", "step": 5, "ranks": [1]}] if lazy else [],
         )
         context = Context(trained.path, trained.path)
         context.log_table(
@@ -220,6 +220,7 @@ def test_html_is_one_page_without_network_or_script_and_shows_hostile_text_as_it
     assert page.blocks == [f"\n{shown}{shown}\n"] * 2  # prompt and continuation of both variants
     assert " ".join(shown.split()) in page.text.replace("\n", " ")  # the title
     assert "<b>bold</b> warning" in page.text
+    assert "step 5: skipped (rank 1)" in page.text
 
 
 def test_markdown_marks_the_best_and_its_figures_exist(two: tuple[Outputs, Path]) -> None:
