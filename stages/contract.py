@@ -33,7 +33,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, update_wrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,7 +126,8 @@ class Context:
         """
         if self.map_function is map_serially:
             return map(function, items)
-        return self.map_function(partial(_with_warnings, function, self.output_dir, self.scratch_dir), items)
+        routed = partial(_with_warnings, function, self.output_dir, self.scratch_dir)
+        return self.map_function(update_wrapper(routed, function), items)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl. Non-finite values are dropped; the caller counts them if they matter.
