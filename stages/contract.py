@@ -35,15 +35,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lazypipe.stages.warning_lines import warning_text
+
+if TYPE_CHECKING:
+    from lazypipe.stages.facts import Facts
 
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+FactsT = TypeVar("FactsT", bound="Facts", covariant=True)
 Warn = Callable[[str], object]  # `Context.warn`, or `warnings.warn` where no stage runs
 
 ALIKE = 16  # warnings of one kind that are all written; of more, only the 32nd, the 64th, ...
@@ -68,15 +72,13 @@ class StageWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A committed generation of an upstream stage: its directory and its manifest (config, facts, metrics)."""
+    """A committed generation of an upstream stage: its directory and its manifest (config, facts, metrics).
+
+    The facts of its stage are read with the dataclass of stages/facts.py: `TokenizeFacts.read(artifact.manifest)`.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        facts: Mapping[str, Any] = self.manifest["facts"]
-        return facts
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -85,15 +87,16 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class Outputs(Generic[FactsT]):
     """What a stage returns besides its files.
 
-    metrics: final numbers by name (finite floats; they become MLflow metrics and columns of the report).
-    facts: anything else worth keeping, JSON-serialisable (counts, names, settings a downstream stage reads).
+    metrics: final values by name (finite floats; they become MLflow metrics; those declared in stages/metrics.py with
+    a heading are columns of the report).
+    facts: anything else worth keeping (counts, names, settings a downstream stage reads), see stages/facts.py.
     """
 
-    metrics: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float]
+    facts: FactsT
 
 
 def map_serially(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

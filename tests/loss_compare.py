@@ -92,8 +92,10 @@ def generated_corpus(directory: Path) -> Any:
         write_documents(directory / split / "docs.arrow", [])
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
-    facts = {"vocab_size": VOCAB, "eos_id": 0, "source": {"fingerprint": "generated"}}
-    return Artifact(directory, {"facts": {**facts, "splits": {"train": {"tokens": 20_000}}}, "metrics": {}})
+    source = {"kind": "files", "fingerprint": "generated", "files": 0, "documents": 0, "skipped_rows": 0, "bytes": 0}
+    split = {"documents": 0, "tokens": 20_000, "bytes": 0, "shards": []}
+    facts = {"vocab_size": VOCAB, "eos_id": 0, "eos_token": "", "token_dtype": "uint16", "source": source}
+    return Artifact(directory, {"facts": {**facts, "splits": {"train": split}}, "metrics": {}})
 
 
 def weights_digest(path: Path) -> str:

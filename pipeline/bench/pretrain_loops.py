@@ -15,6 +15,7 @@ from lazypipe.model.baselines import build_model
 from lazypipe.model.loss import next_token_loss
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.shards import ShardWriter, write_documents
+from lazypipe.stages.facts import SourceFacts, SplitFacts, TokenizeFacts
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.optimizer import build_optimizer, set_learning_rate
 from lazypipe.stages.pretrain.schedule import learning_rate
@@ -133,8 +134,19 @@ def random_corpus(directory: Path, vocab_size: int, config: PretrainConfig) -> A
         write_documents(directory / split / "docs.arrow", [])
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
-    facts = {"vocab_size": vocab_size, "eos_id": 0, "source": {"fingerprint": "random"}}
-    return Artifact(directory, {"facts": {**facts, "splits": {"train": {"tokens": needed}}}, "metrics": {}})
+    facts = TokenizeFacts(
+        vocab_size=vocab_size,
+        eos_id=0,
+        eos_token="",
+        token_dtype="uint32",
+        splits={"train": SplitFacts(documents=0, tokens=needed, bytes=0, shards=[])},
+        source=SourceFacts("random", "random", files=0, documents=0, skipped_rows=0, bytes=0, commit=None),
+        filters={},
+        units=None,
+        invalid_utf8_bytes=0,
+        document_length_histogram=[],
+    )
+    return Artifact(directory, {"facts": facts.to_json(), "metrics": {}})
 
 
 def compute_device() -> torch.device:

@@ -10,6 +10,7 @@ from rich.console import Console
 from lazypipe.pipeline.commands.models import checkpoint_folder
 from lazypipe.pipeline.store.store import Generation, read_generation
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.facts import PretrainFacts
 
 
 def run_export(
@@ -52,11 +53,11 @@ def _origin(generation: Generation | None) -> Mapping[str, str]:
     if generation is None:
         return {}
     manifest = generation.manifest
-    facts, metrics = manifest["facts"], manifest["metrics"]
+    facts, metrics = PretrainFacts.read(manifest), manifest["metrics"]
     found = {
         "experiment": manifest.get("experiment"),
         "variant": manifest.get("variant"),
-        "training": f"{facts['tokens']:,} tokens in {facts['steps']:,} steps" if "tokens" in facts else None,
+        "training": f"{facts.tokens:,} tokens in {facts.steps:,} steps",
         "validation loss": f"{metrics['validation_loss']:.4f} nats per token" if "validation_loss" in metrics else None,
         "result": generation.id,
         "commit": manifest.get("code", {}).get("commit"),

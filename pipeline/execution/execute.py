@@ -28,6 +28,7 @@ from lazypipe.pipeline.store.lease import held_by
 from lazypipe.pipeline.store.store import Entry, Generation, read_generation
 from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import Artifact, Context, Outputs
+from lazypipe.stages.facts import Facts
 from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.registry import STAGE_CONFIGS
 from lazypipe.stages.warning_lines import read_warnings
@@ -46,7 +47,7 @@ RECORDED_VERSIONS = (
 )
 
 MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-RunStage = Callable[["StageTask", StageConfig, Mapping[str, Artifact], MapFunction], Outputs]
+RunStage = Callable[["StageTask", StageConfig, Mapping[str, Artifact], MapFunction], Outputs[Facts]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def execute_stage(
 
 def run_in_process(
     task: StageTask, config: StageConfig, inputs: Mapping[str, Artifact], map_function: MapFunction
-) -> Outputs:
+) -> Outputs[Facts]:
     """Call the stage's function here, with the thread count the experiment gives it."""
     if task.stage in TORCH_STAGES:
         import torch
@@ -112,7 +113,7 @@ def run_in_process(
     context = Context(task.entry / task.generation, task.entry / "scratch", map_function=map_function)
     module = importlib.import_module(STAGE_MODULES[task.stage])
     with ends_noted(context.scratch_dir), context.routed_warnings():
-        outputs: Outputs = module.run(config, inputs, context)
+        outputs: Outputs[Facts] = module.run(config, inputs, context)
     return outputs
 
 
@@ -137,11 +138,12 @@ def _manifest(
     task: StageTask,
     config: StageConfig,
     inputs: Mapping[str, Generation],
-    outputs: Outputs,
+    outputs: Outputs[Facts],
     started: datetime,
     seconds: float,
 ) -> dict[str, Any]:
-    json.dumps(outputs.facts, allow_nan=False)  # a stage that returns anything else is wrong here, not at the next read
+    facts = outputs.facts.to_json()
+    json.dumps(facts, allow_nan=False)  # a stage that returns anything else is wrong here, not at the next read
     manifest: dict[str, Any] = {
         "stage": task.stage,
         "variant": task.variant,
@@ -155,7 +157,7 @@ def _manifest(
         "resources": dict(task.resources),
         "inputs": {name: {"fingerprint": g.fingerprint, "generation": g.id} for name, g in inputs.items()},
         "metrics": outputs.metrics,
-        "facts": outputs.facts,
+        "facts": facts,
         "warnings": read_warnings(task.entry / "scratch"),
         "created": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
@@ -167,8 +169,8 @@ def _manifest(
         "tracking": dict(task.tracking),
     }
     for name in ("resumed_from", "steps_executed"):
-        if name in outputs.facts:
-            manifest[name] = outputs.facts[name]
+        if name in facts:
+            manifest[name] = facts[name]
     return manifest
 
 

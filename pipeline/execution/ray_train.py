@@ -23,6 +23,7 @@ from lazypipe.stages.contract import (
     first_line,
     write_atomically,
 )
+from lazypipe.stages.facts import PretrainFacts
 from lazypipe.stages.pretrain.attempts import end_attempt, ends_noted
 from lazypipe.stages.pretrain.config import PretrainConfig
 
@@ -36,7 +37,7 @@ def pretrain_on_workers(
     config: StageConfig,
     inputs: Mapping[str, Artifact],
     map_function: MapFunction,  # noqa: ARG001  (training spreads over workers, not over a map)
-) -> Outputs:
+) -> Outputs[PretrainFacts]:
     """Train data-parallel with TorchTrainer; the stage's own checkpoints, not Ray's, carry a restart."""
     # Each report or restart waits for the controller's poll: 2 s by default, a visible share of short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -83,7 +84,7 @@ def pretrain_on_workers(
     result = json.loads((scratch / RESULT).read_text(encoding="utf-8"))
     if result["ended"] is not None:
         raise ENDS[result["ended"]](result["message"])
-    return Outputs(metrics=result["metrics"], facts=result["facts"])
+    return Outputs(metrics=result["metrics"], facts=PretrainFacts.from_json(result["facts"]))
 
 
 def _cause(worker_exceptions: Mapping[int, BaseException]) -> str:
@@ -118,7 +119,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     try:
         with context.routed_warnings(), ends_noted(scratch) if rank == 0 else nullcontext():
             outputs = pretrain.run(config, inputs, context)
-        result = {"ended": None, "metrics": outputs.metrics, "facts": outputs.facts}
+        result = {"ended": None, "metrics": outputs.metrics, "facts": outputs.facts.to_json()}
     except tuple(ENDS.values()) as end:
         result = {"ended": type(end).__name__, "message": str(end)}
     if rank == 0:

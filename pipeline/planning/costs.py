@@ -19,6 +19,7 @@ from lazypipe.model.costs import non_embedding_parameters, training_flops_per_to
 from lazypipe.model.sizes import SIZES, size_row
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.store.store import Generation
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.tokenization.config import FileTokenizer, TokenizeConfig, TrainTokenizer
 
 
@@ -32,7 +33,7 @@ class Vocabulary(NamedTuple):
 def vocabulary(config: TokenizeConfig, corpus: Generation | None) -> Vocabulary | None:
     """The vocabulary an experiment's models will have; None when nothing bounds it yet."""
     if corpus is not None:
-        return Vocabulary(int(corpus.manifest["facts"]["vocab_size"]), exact=True)
+        return Vocabulary(TokenizeFacts.read(corpus.manifest).vocab_size, exact=True)
     if isinstance(config.tokenizer, TrainTokenizer):
         return Vocabulary(config.tokenizer.vocab_size, exact=True)
     if isinstance(config.tokenizer, FileTokenizer) and Path(config.tokenizer.path).suffix == ".json":

@@ -16,6 +16,7 @@ from lazypipe.pipeline.store.store import Generation
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.benchmarks.tasks import pin_tasks, tasks_identity
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.tokenization.config import TokenizeConfig
@@ -79,7 +80,7 @@ def check_root(root: Path) -> None:
 
 def check_lengths(plan: Plan, corpus: Generation) -> None:
     """Refuse windows that the tokenized corpus cannot fill, before anything trains on it."""
-    splits = corpus.manifest["facts"]["splits"]
+    splits = TokenizeFacts.read(corpus.manifest).splits
     for decision in plan.values():
         config = decision.node.config
         if decision.action != "run":
@@ -93,7 +94,7 @@ def check_lengths(plan: Plan, corpus: Generation) -> None:
         elif isinstance(config, SparsityConfig):
             needs = [("sparsity.seq_len", "validation", config.seq_len)]
         for key, split, length in needs:
-            tokens = splits[split]["tokens"]
+            tokens = splits[split].tokens
             if tokens < length + 1:
                 raise UserError(
                     f"{decision.node.id}: {key}={length} needs {length + 1} tokens, but the {split} split has "

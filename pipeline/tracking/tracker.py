@@ -37,6 +37,7 @@ from lazypipe.pipeline.tracking.upload import (
 from lazypipe.pipeline.tracking.uri import first_touch
 from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import METRICS_FILE
+from lazypipe.stages.facts import PretrainFacts
 
 LAST_WORDS_S = 10.0  # `lazypipe submit` lets a stopped job live for 30 s, 15 of which its stages may take
 
@@ -281,7 +282,8 @@ class Tracker:
         def close() -> None:
             final = {k: v for k, v in generation.manifest["metrics"].items() if k not in child.streamed}
             log_points(self.client, child.run_id, final, step=max(child.last_step, 0))
-            log_attempts(self.client, child.run_id, generation.manifest["facts"].get("attempts", ()))
+            if "attempts" in generation.manifest["facts"]:
+                log_attempts(self.client, child.run_id, PretrainFacts.read(generation.manifest).attempts)
             for key, value in flat_facts(generation.manifest["facts"]).items():
                 self.client.set_tag(child.run_id, f"fact.{key}", value)
             self.client.set_tag(child.run_id, "lazypipe.path", str(generation.path))

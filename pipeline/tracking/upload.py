@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lazypipe.pipeline.planning.plan import Node
 from lazypipe.pipeline.store.store import MANIFEST, Generation
 from lazypipe.stages.config import flatten
+from lazypipe.stages.facts import Attempt, TokenizeFacts
 
 if TYPE_CHECKING:  # mlflow takes seconds to import; a cached run never needs it
     from mlflow import MlflowClient
@@ -77,25 +78,25 @@ def log_dataset(client: MlflowClient, run_id: str, corpus: Generation, context: 
     """A tokenized corpus as an MLflow dataset; its digest is the first 32 of its fingerprint."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    facts = corpus.manifest["facts"]
+    kind = TokenizeFacts.read(corpus.manifest).source.kind
     dataset = Dataset(
-        name=f"{facts['source']['kind']}-corpus",
+        name=f"{kind}-corpus",
         digest=corpus.fingerprint[:32],
         source_type="local",
-        source=json.dumps({"kind": facts["source"]["kind"], "path": str(corpus.path)}),
+        source=json.dumps({"kind": kind, "path": str(corpus.path)}),
         profile=json.dumps(corpus.manifest["metrics"], sort_keys=True),
     )
     client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])])
 
 
-def log_attempts(client: MlflowClient, run_id: str, attempts: Sequence[Mapping[str, Any]]) -> None:
+def log_attempts(client: MlflowClient, run_id: str, attempts: Sequence[Attempt]) -> None:
     """Tags of a training run: how many attempts it has taken, and of each where it began and what ended the last."""
-    for entry in attempts:
-        began = f"from step {entry['from_step']} on {entry['workers']} workers at {entry['started']}"
-        text = began if entry["cause"] is None else f"{began}; before: {entry['cause']}"
-        client.set_tag(run_id, f"lazypipe.attempt.{entry['attempt']}", text)
+    for one in attempts:
+        began = f"from step {one.from_step} on {one.workers} workers at {one.started}"
+        text = began if one.cause is None else f"{began}; before: {one.cause}"
+        client.set_tag(run_id, f"lazypipe.attempt.{one.attempt}", text)
     if attempts:
-        client.set_tag(run_id, "lazypipe.attempts", str(attempts[-1]["attempt"]))
+        client.set_tag(run_id, "lazypipe.attempts", str(attempts[-1].attempt))
 
 
 def flat_facts(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -21,9 +21,10 @@ from lazypipe.stages.evaluate.benchmarks import run as benchmarks
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.evaluate.probe_sequences import refuse_small_vocabulary, usable_tokens
 from lazypipe.stages.evaluate.token_bytes import byte_scale, token_byte_counts
+from lazypipe.stages.facts import EvaluateFacts, PretrainFacts, TokenizeFacts
 
 
-def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[EvaluateFacts]:
     """Score the model on the validation split, let it continue the prompts, and run the benchmarks asked for.
 
     Writes tables/continuations and what perplexity.measure, length_extrapolation.measure, probes.measure and
@@ -33,10 +34,11 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
-    trained_length = int(trained.facts["seq_len"])
+    corpus_facts, training = TokenizeFacts.read(corpus.manifest), PretrainFacts.read(trained.manifest)
+    trained_length = training.seq_len
     refuse_missing_windows(shards, [("evaluate.context_lengths", trained_length), *config.window_lengths()])
     tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
-    table = token_byte_counts(tokenizer_json, int(corpus.facts["vocab_size"]))
+    table = token_byte_counts(tokenizer_json, corpus_facts.vocab_size)
     usable = usable_tokens(shards, table) if config.probes.lengths else None
     if usable is not None:
         refuse_small_vocabulary(config.probes, len(usable))
@@ -54,9 +56,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     if config.ablations:
         refuse_uniform(model.config)
 
-    scale = byte_scale(table, shards, corpus.facts["splits"]["validation"]["bytes"])
+    scale = byte_scale(table, shards, corpus_facts.splits["validation"].bytes)
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
-    eos_id = checkpoint.eos_id if trained.facts.get("document_masking") else None
+    eos_id = checkpoint.eos_id if training.document_masking else None
     if eos_id is not None and (config.extrapolation.lengths or usable is not None):
         context.warn(
             "trained with document_masking, but extrapolation and probes read on across document borders: compare them "
@@ -70,19 +72,18 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             metrics |= length_extrapolation.measure(config.extrapolation, model, shards, *where)
         if usable is not None:
             metrics |= probes.measure(config.probes, model, shards, usable, *where)
-    scored = benchmarks.run_tasks(config, checkpoint, tokenizer_json, context) if config.tasks else Outputs()
-    return Outputs(
-        metrics=metrics | scored.metrics,
-        facts={
-            "max_seq_len": model.config.max_seq_len,
-            "seq_len": trained_length,
-            "validation_tokens_scored": tokens,
-            "byte_scale": scale,
-            "threads": torch.get_num_threads(),
-            "device": device.type,
-            **scored.facts,
-        },
+    scored = benchmarks.run_tasks(config, checkpoint, tokenizer_json, context) if config.tasks else None
+    facts = EvaluateFacts(
+        max_seq_len=model.config.max_seq_len,
+        seq_len=trained_length,
+        validation_tokens_scored=tokens,
+        byte_scale=scale,
+        threads=torch.get_num_threads(),
+        device=device.type,
+        tasks=None if scored is None else scored.counts,
+        lm_eval=None if scored is None else scored.lm_eval,
     )
+    return Outputs(metrics if scored is None else metrics | scored.metrics, facts)
 
 
 def refuse_missing_windows(shards: TokenShards, lengths: list[tuple[str, int]]) -> None:

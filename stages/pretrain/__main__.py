@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError, write_atomically
+from lazypipe.stages.facts import PretrainFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.pretrain.checkpoint.state import other_identity, run_identity
@@ -269,11 +270,11 @@ def finished_result(output: Path, identity: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def finish(output: Path, identity: Mapping[str, Any], outputs: Outputs) -> None:
+def finish(output: Path, identity: Mapping[str, Any], outputs: Outputs[PretrainFacts]) -> None:
     """Write result.json, drop what only a resume needs, and say what came out."""
     scratch = output / "scratch"
     warned = read_warnings(scratch)
-    result = {"identity": identity, "metrics": outputs.metrics, "facts": outputs.facts, "warnings": warned}
+    result = {"identity": identity, "metrics": outputs.metrics, "facts": outputs.facts.to_json(), "warnings": warned}
     write_atomically(output / RESULT, json.dumps(result, indent=1) + "\n")
     shutil.rmtree(scratch)
     print("  ".join(f"{name} {value:.5g}" for name, value in outputs.metrics.items()))

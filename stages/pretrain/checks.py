@@ -1,16 +1,22 @@
 """What pretraining looks at before its first step: settings without effect, and whether the kernels are right here."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import sysconfig
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lazypipe.model.config import BASELINE_PACKAGE, BASELINES
 from lazypipe.stages.contract import UserError, Warn
 from lazypipe.stages.pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:  # imports triton
+    from lazypipe.kernels.gpu.preflight import Preflight
 
 
 def warn_of_settings(config: PretrainConfig, world_size: int = 1, warn: Warn = warnings.warn) -> None:
@@ -87,19 +93,18 @@ def check_compiler(config: PretrainConfig, device: torch.device) -> None:
     )
 
 
-def check_kernels(config: PretrainConfig, device: torch.device) -> dict[str, object]:
-    """Facts of the kernel preflight: what will train, and how far it is from the float64 reference.
+def check_kernels(config: PretrainConfig, device: torch.device) -> Preflight | None:
+    """The kernel preflight: what will train, and how far it is from the float64 reference.
 
-    Empty where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
+    None where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
     """
     if device.type != "cuda" or kernel_used(config) not in ("auto", "triton"):
-        return {}
+        return None
     from lazypipe.kernels.gpu.preflight import preflight
 
     model = config.model
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    result = preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
-    return {"preflight": result.description, "preflight_errors": result.errors, "preflight_bound": result.bound}
+    return preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
 
 
 def kernel_used(config: PretrainConfig) -> str:

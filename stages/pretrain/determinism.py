@@ -15,19 +15,20 @@ import torch
 
 from lazypipe.model.config import BASELINES
 from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
+from lazypipe.stages.facts import PretrainFacts
 from lazypipe.stages.pretrain.config import PretrainConfig
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_SETTINGS = (":4096:8", ":16:8")  # those with which cuBLAS promises to repeat itself
 
-Run = Callable[[PretrainConfig, Mapping[str, Artifact], Context], Outputs]
+Run = Callable[[PretrainConfig, Mapping[str, Artifact], Context], Outputs[PretrainFacts]]
 
 
 def deterministic_if_asked(run: Run) -> Run:
     """The stage's `run`, inside `determinism` when its config says deterministic."""
 
     @functools.wraps(run)
-    def wrapped(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+    def wrapped(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[PretrainFacts]:
         if not config.deterministic:
             return run(config, inputs, context)
         if torch.cuda.is_available():

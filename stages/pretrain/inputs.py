@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.files import files_problem
 from lazypipe.stages.pretrain.config import PretrainConfig
 
@@ -67,11 +68,12 @@ def verified_corpus(path: Path) -> Path:
         directory = path / current.read_text(encoding="utf-8").strip() if current.is_file() else path
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         stage, files = manifest["stage"], dict(manifest["files"])
-        complete = {"vocab_size", "eos_id", "source", "splits"} <= manifest["facts"].keys()
+        facts = manifest["facts"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--tokens {path}: holds no result ({type(error).__name__}: {error}); {hint}") from error
-    if stage != "tokenize" or not complete:
+    if stage != "tokenize":
         raise UserError(f"--tokens {path}: is a result of {stage}, not of tokenize; {hint}")
+    TokenizeFacts.from_json(facts, f"--tokens {path}: its facts")
     problem = files_problem(directory, files)
     if problem is not None:
         raise UserError(f"--tokens {path}: {problem}; {hint}")

@@ -37,13 +37,6 @@ class Machine:
             return None
         return self.flops_per_token * tokens_per_s / (self.peak_flops * self.workers)
 
-    def facts(self) -> dict[str, object]:
-        return {
-            "gpu": self.gpu or "none",
-            "flops_per_token": self.flops_per_token,
-            "peak_flops": UNKNOWN if self.peak_flops is None else self.peak_flops,
-        }
-
 
 def machine(config: PretrainConfig, vocab_size: int, device: torch.device, workers: int) -> Machine:
     """The machine under a run, and its memory counter set back to now."""

@@ -28,6 +28,7 @@ from lazypipe.stages.baselines import refuse_baseline
 from lazypipe.stages.contract import METRICS_FILE, Artifact, Context, DivergedError, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import training_batch, validation_windows
 from lazypipe.stages.data.shards import TokenShards
+from lazypipe.stages.facts import PretrainFacts, TokenizeFacts
 from lazypipe.stages.pretrain.attempts import begin_attempt
 from lazypipe.stages.pretrain.checkpoint.saver import CheckpointSaver
 from lazypipe.stages.pretrain.checkpoint.state import last_logged_step, run_identity
@@ -38,7 +39,7 @@ from lazypipe.stages.pretrain.dtensors import whole_tensors
 from lazypipe.stages.pretrain.gradients import accumulate_gradients, sum_over_workers
 from lazypipe.stages.pretrain.layer_metrics import attention_numbers, summary
 from lazypipe.stages.pretrain.loss import mean_loss
-from lazypipe.stages.pretrain.metrics import machine, run_numbers, speed_numbers, step_numbers
+from lazypipe.stages.pretrain.metrics import UNKNOWN, machine, run_numbers, speed_numbers, step_numbers
 from lazypipe.stages.pretrain.optimizer import build_optimizer, set_learning_rate
 from lazypipe.stages.pretrain.parallel import (
     check_process_group,
@@ -52,7 +53,7 @@ from lazypipe.stages.pretrain.skipping import diverged, divergence, reason_to_sk
 
 
 @deterministic_if_asked
-def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[PretrainFacts]:
     """Train `config.model` on the tokenized corpus; see stages/contract.py for `context`.
 
     Writes checkpoint/ and tables/history, and logs losses, gradient norm, speed and memory (stages/pretrain/metrics.py)
@@ -66,9 +67,10 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
 
 def train_with(
     saver: CheckpointSaver, config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
-) -> Outputs:
+) -> Outputs[PretrainFacts]:
     """The body of `run`."""
     corpus = inputs["tokenize"]
+    corpus_facts = TokenizeFacts.read(corpus.manifest)
     train, validation = TokenShards(corpus.path / "train"), TokenShards(corpus.path / "validation")
     held_out = validation_windows(validation, config.seq_len, config.validation_windows)
     side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
@@ -78,8 +80,8 @@ def train_with(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_baseline(config.model, device)
     check_compiler(config, device)
-    preflight = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
-    model = build_model(config.model, corpus.facts["vocab_size"], config.seed, config.kernel)
+    checked = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
+    model = build_model(config.model, corpus_facts.vocab_size, config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
     if config.compile:
@@ -94,9 +96,9 @@ def train_with(
     attempts = begin_attempt(context, resumed_from)
     already_logged = last_logged_step(context.output_dir / METRICS_FILE) if context.rank == 0 else 0
     parameters = list(model.parameters())
-    eos_id = int(corpus.facts["eos_id"]) if config.document_masking else None
+    eos_id = corpus_facts.eos_id if config.document_masking else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    under = machine(config, corpus.facts["vocab_size"], device, context.world_size)
+    under = machine(config, corpus_facts.vocab_size, device, context.world_size)
 
     validation_loss: float | None = None  # of the last step; none when that one was where a run gave up
     while state.step < config.steps:
@@ -164,7 +166,7 @@ def train_with(
     weights = whole_tensors(model.state_dict(), keep=context.rank == 0)
     if context.rank == 0:
         tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
-        save_checkpoint(context.output_dir / "checkpoint", model, corpus.facts["eos_id"], tokenizer, weights)
+        save_checkpoint(context.output_dir / "checkpoint", model, corpus_facts.eos_id, tokenizer, weights)
         context.log_table("history", state.history)
         context.flush_metrics()
     total, non_embedding = count_parameters(model)
@@ -177,27 +179,31 @@ def train_with(
             "train_seconds": state.train_seconds,
             **run_numbers(under, tokens, state.train_seconds, state.wait_seconds, device),
         },
-        facts={
-            "parameters": total,
-            "non_embedding_parameters": non_embedding,
-            "seq_len": config.seq_len,
-            "steps": config.steps,
-            "steps_executed": config.steps - resumed_from,
-            "resumed_from": resumed_from,
-            "attempts": attempts,
-            "tokens": tokens,
-            "document_masking": config.document_masking,
-            "nonfinite_steps": state.nonfinite_steps,
-            "spikes_skipped": state.spikes_skipped,
-            "threads": torch.get_num_threads(),
-            "device": device.type,
-            "kernel": kernel_used(config),
-            "world_size": context.world_size,
-            "parallel": "fsdp" if is_sharded(model) else "replicate",
-            "reduction": config.reduction,
-            **under.facts(),
-            **preflight,
-        },
+        facts=PretrainFacts(
+            parameters=total,
+            non_embedding_parameters=non_embedding,
+            seq_len=config.seq_len,
+            steps=config.steps,
+            steps_executed=config.steps - resumed_from,
+            resumed_from=resumed_from,
+            attempts=attempts,
+            tokens=tokens,
+            document_masking=config.document_masking,
+            nonfinite_steps=state.nonfinite_steps,
+            spikes_skipped=state.spikes_skipped,
+            threads=torch.get_num_threads(),
+            device=device.type,
+            kernel=kernel_used(config),
+            world_size=context.world_size,
+            parallel="fsdp" if is_sharded(model) else "replicate",
+            reduction=config.reduction,
+            gpu=under.gpu or "none",
+            flops_per_token=under.flops_per_token,
+            peak_flops=UNKNOWN if under.peak_flops is None else under.peak_flops,
+            preflight=None if checked is None else checked.description,
+            preflight_errors=None if checked is None else checked.errors,
+            preflight_bound=None if checked is None else checked.bound,
+        ),
     )
 
 

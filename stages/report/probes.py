@@ -18,8 +18,8 @@ def sections(variants: Sequence[Variant], context: Context) -> dict[str, Any]:
 
     Draws figures/extrapolation and figures/probes of all variants that have.
     """
-    lengths = {v.name: trained_length(v) for v in variants}
-    trained = next(iter(lengths.values())) if len(set(lengths.values())) == 1 else None
+    lengths = {v.evaluation.seq_len for v in variants}
+    trained = lengths.pop() if len(lengths) == 1 else None
     by_length = {v.name: read_table(v.evaluate, "extrapolation") for v in variants if has(v, "extrapolation")}
     probed = {v.name: read_table(v.evaluate, "probes") for v in variants if has(v, "probes")}
     if by_length:
@@ -35,11 +35,6 @@ def sections(variants: Sequence[Variant], context: Context) -> dict[str, Any]:
 
 def has(variant: Variant, table: str) -> bool:
     return (variant.evaluate.path / "tables" / f"{table}.parquet").is_file()
-
-
-def trained_length(variant: Variant) -> int | None:
-    value = variant.evaluate.facts.get("seq_len")
-    return None if value is None else int(value)
 
 
 def extrapolation_lines(names: Sequence[str], tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:

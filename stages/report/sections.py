@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import Artifact
+from lazypipe.stages.facts import ComputeFacts, EvaluateFacts, PretrainFacts, SparsityFacts, TokenizeFacts
 from lazypipe.stages.report.table import MISSING, loss, perplexity
 from lazypipe.stages.warning_lines import warning_text
 
@@ -22,6 +23,18 @@ class Variant(NamedTuple):
     pretrain: Artifact
     evaluate: Artifact
     sparsity: Artifact
+
+    @property
+    def training(self) -> PretrainFacts:
+        return PretrainFacts.read(self.pretrain.manifest)
+
+    @property
+    def evaluation(self) -> EvaluateFacts:
+        return EvaluateFacts.read(self.evaluate.manifest)
+
+    @property
+    def attention(self) -> SparsityFacts:
+        return SparsityFacts.read(self.sparsity.manifest)
 
 
 def read_table(artifact: Artifact, name: str) -> list[dict[str, Any]]:
@@ -53,15 +66,12 @@ def settings(tokenize: Artifact, variants: Sequence[Variant]) -> dict[str, Any]:
 
 def corpus_description(tokenize: Artifact) -> str:
     """One line: where the text comes from, and how much of it there is on each side of the split."""
+    facts = TokenizeFacts.read(tokenize.manifest)
     parts = [_listed(flatten(tokenize.manifest.get("config", {}).get("source", {})))]
     for split in ("train", "validation"):
-        numbers = tokenize.facts.get("splits", {}).get(split)
-        if numbers:
-            parts.append(
-                f"{split} {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes"
-            )
-    if "vocab_size" in tokenize.facts:
-        parts.append(f"vocabulary {tokenize.facts['vocab_size']:,} tokens")
+        size = facts.splits[split]
+        parts.append(f"{split} {size.documents:,} documents, {size.tokens:,} tokens, {size.bytes:,} bytes")
+    parts.append(f"vocabulary {facts.vocab_size:,} tokens")
     if "bytes_per_token" in tokenize.metrics:
         parts.append(f"{tokenize.metrics['bytes_per_token']:.2f} bytes per token")
     return "; ".join(part for part in parts if part)
@@ -141,6 +151,7 @@ def provenance(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
     lines = []
     for node, artifact in inputs.items():
         manifest = artifact.manifest
+        machine = ComputeFacts.read(manifest)
         code = manifest.get("code") or {}
         commit = str(code.get("commit") or "")[:12]
         lines.append(
@@ -150,8 +161,8 @@ def provenance(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
                 "generation": str(manifest.get("generation") or MISSING),
                 "created": str(manifest.get("created") or MISSING),
                 "seconds": f"{manifest['seconds']:.1f}" if "seconds" in manifest else MISSING,
-                "device": str(artifact.facts.get("device") or MISSING),
-                "threads": str(artifact.facts.get("threads") or manifest.get("threads") or MISSING),
+                "device": machine.device or MISSING,
+                "threads": str(machine.threads or manifest.get("threads") or MISSING),
                 "commit": (commit + (" with changes" if code.get("dirty") else "")) if commit else MISSING,
             }
         )

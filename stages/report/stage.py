@@ -19,6 +19,7 @@ import numpy as np
 
 from lazypipe.stages import figures
 from lazypipe.stages.contract import Artifact, Context, Outputs
+from lazypipe.stages.facts import ReportFacts, SparsityFacts
 from lazypipe.stages.report import benchmarks as report_benchmarks
 from lazypipe.stages.report import probes as report_probes
 from lazypipe.stages.report import sections as report_sections
@@ -42,7 +43,7 @@ METRICS = (
 )
 
 
-def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[ReportFacts]:
     """Compare all variants found in `inputs`: "tokenize", then pretrain/<v>, evaluate/<v>, sparsity/<v> of each.
 
     Raises ValueError when a variant lacks one of its three results, or when there is no variant.
@@ -65,12 +66,10 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
     context.progress(2, 4, "parts")
     sections = {
         "attention_windows": _distinct(
-            f"{variant.sparsity.facts['windows']} windows of {variant.sparsity.facts['seq_len']} tokens"
-            for variant in variants
+            f"{variant.attention.windows} windows of {variant.attention.seq_len} tokens" for variant in variants
         ),
         "devices": _distinct(
-            f"{variant.pretrain.facts['device']} with {variant.pretrain.facts['threads']} threads"
-            for variant in variants
+            f"{variant.training.device} with {variant.training.threads} threads" for variant in variants
         ),
         "ablations": report_sections.ablations(report["rows"]),
         "context_lengths": report_sections.context_lengths(variants),
@@ -97,7 +96,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact], context: Context) 
         for name in names
         if row.get(name) is not None
     }
-    return Outputs(metrics, {"variants": [variant.name for variant in variants], "reference": report["reference"]})
+    return Outputs(metrics, ReportFacts([variant.name for variant in variants], report["reference"]))
 
 
 def variants_of(inputs: Mapping[str, Artifact]) -> list[Variant]:
@@ -159,16 +158,17 @@ def comparison(title: str, tokenize: Artifact, variants: Sequence[Variant]) -> d
 def variant_row(variant: Variant) -> dict[str, Any]:
     """Every number of a variant that a report may compare; None where it was not measured or is not finite."""
     pretrain, evaluate, sparsity = variant.pretrain, variant.evaluate, variant.sparsity
+    training, attention = variant.training, variant.attention
     config = pretrain.manifest.get("config", {})
     row: dict[str, Any] = {
         "variant": variant.name,
-        "mixer": mixer_and_pattern(sparsity.facts),
-        "mixer_name": sparsity.facts.get("mixer"),
-        "pattern": sparsity.facts.get("pattern", "uniform"),
-        "parameters": pretrain.facts.get("parameters"),
-        "non_embedding_parameters": pretrain.facts.get("non_embedding_parameters"),
-        "steps": pretrain.facts.get("steps"),
-        "tokens": pretrain.facts.get("tokens"),
+        "mixer": mixer_and_pattern(attention),
+        "mixer_name": attention.mixer,
+        "pattern": attention.pattern,
+        "parameters": training.parameters,
+        "non_embedding_parameters": training.non_embedding_parameters,
+        "steps": training.steps,
+        "tokens": training.tokens,
         "seed": config.get("seed"),
         "training_loss": pretrain.metrics.get("loss"),
         "tokens_per_s": pretrain.metrics.get("tokens_per_s"),
@@ -183,12 +183,12 @@ def variant_row(variant: Variant) -> dict[str, Any]:
     }
 
 
-def mixer_and_pattern(facts: Mapping[str, Any]) -> str | None:
+def mixer_and_pattern(facts: SparsityFacts) -> str:
     """'lazy', or for a hybrid 'lazy, standard in even' and 'lazy, standard in 1 4'; of a standard model 'standard'."""
-    mixer, pattern = facts.get("mixer"), facts.get("pattern", "uniform")
-    if mixer in (None, "standard") or pattern == "uniform":
-        return None if mixer is None else str(mixer)
-    return f"{mixer}, standard in {pattern if isinstance(pattern, str) else ' '.join(map(str, pattern))}"
+    if facts.mixer == "standard" or facts.pattern == "uniform":
+        return facts.mixer
+    pattern = facts.pattern if isinstance(facts.pattern, str) else " ".join(map(str, facts.pattern))
+    return f"{facts.mixer}, standard in {pattern}"
 
 
 def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Context) -> None:
@@ -203,7 +203,7 @@ def draw(variants: Sequence[Variant], unigram_entropy: float | None, context: Co
                 variant.name,
                 by_head(rows, name),
                 by_head(rows, f"untrained_{name}"),
-                variant.sparsity.facts.get("mixer"),
+                variant.attention.mixer,
             )
             for variant, rows in heads
         ]
@@ -218,7 +218,7 @@ def loss_curve(variant: Variant) -> figures.LossCurve:
         np.array([row["step"] for row in rows], dtype=np.int64),
         np.array([row["loss"] for row in rows], dtype=np.float64),  # None becomes NaN
         validation,
-        variant.sparsity.facts.get("mixer"),
+        variant.attention.mixer,
     )
 
 

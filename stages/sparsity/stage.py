@@ -26,6 +26,7 @@ from lazypipe.stages.baselines import load_model
 from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import read_window, validation_windows
 from lazypipe.stages.data.shards import TokenShards
+from lazypipe.stages.facts import SparsityFacts
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.sparsity.metrics import METRICS, average_windows, measure_windows
@@ -36,7 +37,7 @@ Array = NDArray[Any]
 HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H], NaN in layers without attention weights
 
 
-def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[SparsityFacts]:
     """Measure attention metrics per layer and head of inputs["pretrain"] on the validation split of inputs["tokenize"].
 
     Writes tables/heads, tables/layers and figures/*.png. Raises UserError if the split has no window of seq_len tokens
@@ -94,19 +95,19 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
             "bias_moved": float(np.nanmax(np.abs(biases - initial_biases))),
         }
         context.log_figure("bias_curves", figures.bias_curves(biases))
-    facts = {
-        "windows": len(windows),
-        "windows_asked": config.windows,
-        "seq_len": config.seq_len,
-        "beyond_max_seq_len": beyond_training,
-        "untrained_seed": seed,
-        "heat_map_heads": heads,
-        "mixer": model.config.mixer,
-        "pattern": model.config.model_dump(mode="json")["pattern"],
-        "attention_layers": model.attention_layers,
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
+    facts = SparsityFacts(
+        windows=len(windows),
+        windows_asked=config.windows,
+        seq_len=config.seq_len,
+        beyond_max_seq_len=beyond_training,
+        untrained_seed=seed,
+        heat_map_heads=heads,
+        mixer=model.config.mixer,
+        pattern=model.config.model_dump(mode="json")["pattern"],
+        attention_layers=model.attention_layers,
+        threads=torch.get_num_threads(),
+        device=str(device),
+    )
     return Outputs(metrics, facts)
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from lazypipe.stages.contract import Artifact, Context, Outputs, file_sha256
 from lazypipe.stages.data.shards import DOCUMENTS_FILE, DOCUMENTS_SCHEMA, read_documents, shard_name, write_documents
+from lazypipe.stages.facts import DroppedFacts, SourceFacts, SplitFacts, TokenizeFacts, UnitFacts
 from lazypipe.stages.kept_work import keep, kept, work_key
 from lazypipe.stages.tokenization.config import Filters, TokenizeConfig, TrainTokenizer
 from lazypipe.stages.tokenization.corpus_stats import (
@@ -63,7 +64,7 @@ STAGE_VERSION = TokenizeConfig.STAGE_VERSION
 _TOKENIZER_FILE = "tokenizer.json"
 
 
-def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs:
+def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[TokenizeFacts]:
     """Tokenize the source of `config`; no inputs. See the module for the files, below for facts and metrics.
 
     Raises UserError for a source or tokenizer the user must change, Interrupted when asked to stop.
@@ -107,45 +108,41 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
 
     documents = int((found_sizes > 0).sum())
     dropped = dropped_counts(filtered.reasons, found_sizes)
-    metrics = {
-        f"{name}_{quantity}": float(entry[quantity])
-        for name, entry in splits.items()
-        for quantity in ("documents", "tokens", "bytes")
-    }
-    metrics["bytes_per_token"] = int(sizes.sum()) / sum(entry["tokens"] for entry in splits.values())
+    metrics: dict[str, float] = {}
+    for name, one in splits.items():
+        metrics |= {
+            f"{name}_documents": float(one.documents),
+            f"{name}_tokens": float(one.tokens),
+            f"{name}_bytes": float(one.bytes),
+        }
+    metrics["bytes_per_token"] = int(sizes.sum()) / sum(one.tokens for one in splits.values())
     metrics["vocab_size"] = float(num_ids)
     metrics["unigram_entropy"] = unigram_entropy(encoded.token_counts)
     metrics["units_resumed"] = float(encoded.resumed)
     if config.filters != Filters():
         metrics |= {name: float(count) for name, count in dropped.items()}
-    facts = {
-        "vocab_size": num_ids,
-        "eos_id": eos_id,
-        "eos_token": eos_token,
-        "token_dtype": config.token_dtype,
-        "splits": splits,
-        "source": {
-            "kind": config.source.kind,
-            "fingerprint": corpus_fingerprint(config, identity),
-            "files": len({part.file.path for unit in corpus.units for part in unit}),
-            "documents": documents,
-            "skipped_rows": len(sizes) - documents,
-            "bytes": int(found_sizes.sum()),
-            **({"commit": identity["source"]["commit"]} if "commit" in identity["source"] else {}),
+    facts = TokenizeFacts(
+        vocab_size=num_ids,
+        eos_id=eos_id,
+        eos_token=eos_token,
+        token_dtype=config.token_dtype,
+        splits=splits,
+        source=SourceFacts(
+            kind=config.source.kind,
+            fingerprint=corpus_fingerprint(config, identity),
+            files=len({part.file.path for unit in corpus.units for part in unit}),
+            documents=documents,
+            skipped_rows=len(sizes) - documents,
+            bytes=int(found_sizes.sum()),
+            commit=identity["source"].get("commit"),
+        ),
+        filters={
+            name: DroppedFacts(dropped[f"{name}_documents"], dropped[f"{name}_bytes"]) for name in FILTERS.values()
         },
-        "filters": {
-            name: {"documents": dropped[f"{name}_documents"], "bytes": dropped[f"{name}_bytes"]}
-            for name in FILTERS.values()
-        },
-        "units": {
-            "total": len(corpus.units),
-            "read_before": corpus.resumed,
-            "encoded_before": encoded.resumed,
-            "tokenizer_before": tokenizer_resumed,
-        },
-        "invalid_utf8_bytes": sum(scan.invalid_bytes for unit in corpus.scans for scan in unit),
-        "document_length_histogram": histogram,
-    }
+        units=UnitFacts(len(corpus.units), corpus.resumed, encoded.resumed, tokenizer_resumed),
+        invalid_utf8_bytes=sum(scan.invalid_bytes for unit in corpus.scans for scan in unit),
+        document_length_histogram=histogram,
+    )
     return Outputs(metrics, facts)
 
 
@@ -192,9 +189,9 @@ def _watched(texts: Iterable[str], total: int, context: Context) -> Iterator[str
         context.progress(min(done, total), total, "bytes", phase="training the tokenizer")
 
 
-def _assemble(encoded: Mapping[str, Sequence[EncodedSplit]], output_dir: Path) -> dict[str, dict[str, Any]]:
+def _assemble(encoded: Mapping[str, Sequence[EncodedSplit]], output_dir: Path) -> dict[str, SplitFacts]:
     """Number the units' shards in input order, join their document rows, and return the `splits` facts."""
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, SplitFacts] = {}
     for name, parts in encoded.items():
         directory = output_dir / name
         directory.mkdir(parents=True, exist_ok=True)
@@ -203,12 +200,12 @@ def _assemble(encoded: Mapping[str, Sequence[EncodedSplit]], output_dir: Path) -
         for path, shard in zip(shards, names, strict=True):
             _share(path, directory / shard)
         write_documents(directory / DOCUMENTS_FILE, _joined_documents(parts))
-        splits[name] = {
-            "documents": sum(part.documents for part in parts),
-            "tokens": sum(part.tokens for part in parts),
-            "bytes": sum(part.bytes for part in parts),
-            "shards": names,
-        }
+        splits[name] = SplitFacts(
+            documents=sum(part.documents for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            shards=names,
+        )
     return splits
 
 

@@ -99,19 +99,19 @@ def through_the_stages(mixer: str, folder: Path) -> dict[str, Any]:
         (stopped.scratch_dir / "stop").unlink()
     resumed = pretrain.run(config, {"tokenize": corpus}, stopped)
     weights = [load_file(context.output_dir / "checkpoint" / "model.safetensors") for context in (whole, stopped)]
-    manifest = {"facts": outputs.facts, "metrics": outputs.metrics, "config": config.model_dump(mode="json")}
+    manifest = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics, "config": config.model_dump(mode="json")}
     inputs = {"tokenize": corpus, "pretrain": Artifact(whole.output_dir, manifest)}
     asked = EvaluateConfig(context_lengths=(16,), max_tokens=32, prompts=("the",), max_new_tokens=3, batch_tokens=32)
     scores = evaluate.run(asked, inputs, context_in(folder / "evaluate"))
     analysed = sparsity.run(SparsityConfig(windows=1, seq_len=16), inputs, context_in(folder / "sparsity"))
     continued = json.loads((folder / "evaluate" / "output" / "tables" / "continuations.json").read_text())
     return {
-        "resumed_from": resumed.facts["resumed_from"],
+        "resumed_from": resumed.facts.resumed_from,
         "resumed_equal": all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
         "validation_loss": outputs.metrics["validation_loss"],
         "evaluated_loss": scores.metrics["validation_loss"],
         "continuations": len(continued),
-        "attention_layers": analysed.facts["attention_layers"],
+        "attention_layers": analysed.facts.attention_layers,
     }
 
 

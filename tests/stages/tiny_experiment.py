@@ -12,6 +12,7 @@ from lazypipe.model.transformer import Transformer, count_parameters
 from lazypipe.stages.contract import Artifact, Context
 from lazypipe.stages.data.shards import ShardWriter, write_documents
 from lazypipe.stages.pretrain.config import PretrainConfig
+from tests.stages.made_facts import pretrain_facts, tokenize_facts
 
 VOCAB_SIZE = 97
 
@@ -30,7 +31,7 @@ def tokenized(directory: Path, validation_tokens: int, seed: int = 0) -> Artifac
     writer.append(tokens)
     writer.close()
     write_documents(directory / "validation" / "docs.arrow", [])
-    return Artifact(directory, {"facts": {"vocab_size": VOCAB_SIZE}, "metrics": {}})
+    return Artifact(directory, {"facts": tokenize_facts(validation_tokens, vocab_size=VOCAB_SIZE), "metrics": {}})
 
 
 def model_config(mixer: str, **fields: Any) -> ModelConfig:
@@ -43,7 +44,7 @@ def pretrained(directory: Path, model: Transformer, seed: int = 0) -> Artifact:
     save_checkpoint(directory / "checkpoint", model, eos_id=0, tokenizer_json=None)
     config = PretrainConfig(model=model.config, seed=seed, seq_len=32, tokens_per_step=256)
     parameters, non_embedding = count_parameters(model)
-    facts = {"parameters": parameters, "non_embedding_parameters": non_embedding, "steps": config.steps}
+    facts = pretrain_facts(parameters=parameters, non_embedding_parameters=non_embedding, steps=config.steps)
     return Artifact(directory, {"config": config.model_dump(mode="json"), "facts": facts, "metrics": {}})
 
 

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lazypipe.model.checkpoint import Checkpoint, load_checkpoint
-from lazypipe.stages.contract import Context, Interrupted, Outputs, file_sha256
+from lazypipe.stages.contract import Context, Interrupted, file_sha256
 from lazypipe.stages.evaluate.benchmarks.suites import expand
 from lazypipe.stages.evaluate.benchmarks.tasks import files_of, load_task
 from lazypipe.stages.evaluate.config import EvaluateConfig
@@ -36,6 +36,14 @@ from lazypipe.stages.kept_work import keep, kept, sweep_unfinished, work_key
 
 TABLE = "tasks"
 SAMPLES_FILE = "samples.jsonl"
+
+
+class TaskScores(NamedTuple):
+    """metrics: TASK/METRIC and TASK/METRIC_stderr. counts: by task, what it cost. lm_eval: the harness's version."""
+
+    metrics: dict[str, float]
+    counts: dict[str, dict[str, Any]]
+    lm_eval: str
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,11 @@ def check_tasks(config: EvaluateConfig) -> None:
             load_task(config, task)
 
 
-def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Path, context: Context) -> Outputs:
+def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Path, context: Context) -> TaskScores:
     """Run config.tasks on a loaded model, in this process or on config.task_workers others through context.map.
 
-    Writes tables/tasks (a row per metric) and, if asked to, samples/TASK.jsonl. The metrics returned are `TASK/METRIC`
-    and `TASK/METRIC_stderr`. The model's mode and the global random states are left as they were.
+    Writes tables/tasks (a row per metric) and, if asked to, samples/TASK.jsonl. The model's mode and the global random
+    states are left as they were.
     """
     tasks = expand(config.tasks)
     folder = context.scratch_dir / "tasks"
@@ -115,7 +123,7 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
         name = f"{row['task']}/{row['metric']}"
         metrics |= {name: row["value"]} if row["value"] is not None else {}
         metrics |= {f"{name}_stderr": row["stderr"]} if row["stderr"] is not None else {}
-    return Outputs(metrics, {"tasks": {r["task"]: r["counts"] for r in results}, "lm_eval": version("lm_eval")})
+    return TaskScores(metrics, {result["task"]: result["counts"] for result in results}, version("lm_eval"))
 
 
 def divide(config: EvaluateConfig, tasks: Sequence[str]) -> list[list[str]]:

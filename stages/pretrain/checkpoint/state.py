@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lazypipe.stages.contract import Artifact, UserError
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_FORMAT, CHECKPOINT_MANIFEST, checkpoint_problem
 from lazypipe.stages.pretrain.checkpoint.random_states import random_states, set_random_states
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -61,9 +62,10 @@ class RunState:
 def run_identity(config: PretrainConfig, corpus: Artifact) -> dict[str, Any]:
     """All that decides the weights, flat by name: identity fields of the config, and which corpus it is."""
     identity = _config_identity(config)
-    identity["corpus.fingerprint"] = corpus.facts["source"]["fingerprint"]
-    identity["corpus.vocab_size"] = corpus.facts["vocab_size"]
-    identity["corpus.train_tokens"] = corpus.facts["splits"]["train"]["tokens"]
+    facts = TokenizeFacts.read(corpus.manifest)
+    identity["corpus.fingerprint"] = facts.source.fingerprint
+    identity["corpus.vocab_size"] = facts.vocab_size
+    identity["corpus.train_tokens"] = facts.splits["train"].tokens
     return identity
 
 

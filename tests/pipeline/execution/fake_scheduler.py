@@ -21,6 +21,7 @@ from lazypipe.pipeline.store.lease import held_by, myself
 from lazypipe.pipeline.store.store import Entry, Generation, Store, read_generation
 from lazypipe.pipeline.tracking.child_run import ChildRun
 from tests.pipeline.store.filled_store import SMALL, SOURCE
+from tests.stages.made_facts import tokenize_facts
 
 # What a stage does when it is polled: an error, None to go on running, or the directory it committed.
 Behaviour = Callable[["FakeBackend", StageTask, Sequence[str]], "BaseException | str | None"]
@@ -38,7 +39,7 @@ def commit_task(task: StageTask, input_paths: Sequence[str], text: str = "made h
         "fingerprint": task.fingerprint,
         "config": dict(task.config),
         "metrics": {},
-        "facts": {"splits": {"train": {"tokens": 10**6}, "validation": {"tokens": 10**6}}},
+        "facts": tokenize_facts(),
     }
     return str(Entry(task.entry).commit(task.generation, body | {"inputs": inputs, "variant": task.variant}).path)
 

@@ -12,6 +12,7 @@ from lazypipe.pipeline.planning.code_version import sources_digest
 from lazypipe.pipeline.planning.fingerprint import operational_fields
 from lazypipe.pipeline.planning.plan import Decision, Node, build_nodes
 from lazypipe.pipeline.store.store import MANIFEST, Generation, Store
+from tests.stages.made_facts import tokenize_facts
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -53,7 +54,7 @@ def commit(store: Store, nodes: Mapping[str, Node], node_id: str, **manifest: An
         "operational": json.loads(json.dumps(operational_fields(node.config))),
         "inputs": inputs,
         "metrics": {},
-        "facts": {"splits": {"train": {"tokens": 10**6}, "validation": {"tokens": 10**6}}},
+        "facts": tokenize_facts(),
         "created": f"2026-01-01T00:00:{len(list(store.root.rglob(MANIFEST))):02d}",
         "code": {"commit": "c0ffee", "sources_sha256": sources_digest()},
     }

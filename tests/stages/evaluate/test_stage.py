@@ -17,7 +17,9 @@ from lazypipe.stages.evaluate import perplexity
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import PROBES, EvaluateConfig
 from lazypipe.stages.evaluate.token_bytes import byte_scale, token_byte_counts
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
+from tests.stages.made_facts import pretrain_facts
 from tests.stages.pretrain.toy_training import context_in, tiny_run
 
 SEQ_LEN, MAX_SEQ_LEN = 32, 64
@@ -28,7 +30,7 @@ MIXERS = ("standard", "lazy")  # tests/stages/pretrain/test_mechanisms.py decode
 def trained(request: pytest.FixtureRequest, corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     directory = tmp_path_factory.mktemp(request.param)
     outputs = pretrain.run(tiny_run(request.param, steps=30), {"tokenize": corpus}, context_in(directory))
-    return Artifact(directory / "output", {"facts": outputs.facts, "metrics": outputs.metrics})
+    return Artifact(directory / "output", {"facts": outputs.facts.to_json(), "metrics": outputs.metrics})
 
 
 def config_of(**fields: Any) -> EvaluateConfig:
@@ -74,8 +76,8 @@ def test_every_number_against_a_sum_by_hand(corpus: Artifact, trained: Artifact,
     assert outputs.metrics["validation_loss"] == trained_length["loss"]
     assert outputs.metrics["perplexity"] == trained_length["perplexity"]
     assert outputs.metrics["bits_per_byte"] == trained_length["bits_per_byte"]
-    assert outputs.facts["byte_scale"] == 1.0
-    assert (outputs.facts["max_seq_len"], outputs.facts["seq_len"]) == (MAX_SEQ_LEN, SEQ_LEN)
+    assert outputs.facts.byte_scale == 1.0
+    assert (outputs.facts.max_seq_len, outputs.facts.seq_len) == (MAX_SEQ_LEN, SEQ_LEN)
 
 
 def test_results_do_not_depend_on_the_batch_size(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
@@ -126,15 +128,15 @@ def test_continuations(corpus: Artifact, trained: Artifact, tmp_path: Path) -> N
 
 
 def test_a_length_without_a_window_is_refused_by_name_before_compute(corpus: Artifact, tmp_path: Path) -> None:
-    trained = Artifact(tmp_path / "absent", {"facts": {"seq_len": SEQ_LEN}, "metrics": {}})
-    tokens = corpus.facts["splits"]["validation"]["tokens"]
+    trained = Artifact(tmp_path / "absent", {"facts": pretrain_facts(seq_len=SEQ_LEN), "metrics": {}})
+    tokens = TokenizeFacts.read(corpus.manifest).splits["validation"].tokens
     for length in (tokens, 10 * tokens):
         with pytest.raises(UserError, match=rf"context_lengths holds {length}, .* has {tokens} tokens"):
             evaluated(corpus, trained, tmp_path, context_lengths=[16, length])
 
 
 def test_the_longest_window_that_fits_is_scored(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
-    length = corpus.facts["splits"]["validation"]["tokens"] - 1
+    length = TokenizeFacts.read(corpus.manifest).splits["validation"].tokens - 1
     evaluated(corpus, trained, tmp_path, context_lengths=[length])
     assert [(row["windows"], row["tokens"]) for row in rows(tmp_path, "context_lengths")] == [(1, length)]
 
@@ -148,7 +150,7 @@ def test_a_stop_is_heeded(corpus: Artifact, trained: Artifact, tmp_path: Path) -
 
 def test_extrapolation_and_probes_beside_the_rest(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
     """They change no other number, and windows side by side over the same tokens are those of context_lengths."""
-    tokens = corpus.facts["splits"]["validation"]["tokens"]
+    tokens = TokenizeFacts.read(corpus.manifest).splits["validation"].tokens
     length = next(n for n in range(20, 200) if (tokens - 1) % n == 0)
     plain = evaluated(corpus, trained, tmp_path / "plain", context_lengths=[length], max_tokens=10**6)
     assert not (tmp_path / "plain" / "output" / "figures").exists()
@@ -172,7 +174,7 @@ def test_extrapolation_and_probes_beside_the_rest(corpus: Artifact, trained: Art
 
 
 def test_probes_that_want_more_tokens_than_there_are_are_refused(corpus: Artifact, tmp_path: Path) -> None:
-    trained = Artifact(tmp_path / "absent", {"facts": {"seq_len": SEQ_LEN}, "metrics": {}})
+    trained = Artifact(tmp_path / "absent", {"facts": pretrain_facts(seq_len=SEQ_LEN), "metrics": {}})
     with pytest.raises(UserError, match=r"recall takes 301 different tokens \(pairs=100.* ask for less"):
         evaluated(corpus, trained, tmp_path, probes={"lengths": [400], "pairs": 100})
 

@@ -21,7 +21,7 @@ def test_attempts_are_numbered_and_know_how_the_last_one_ended(tmp_path: Path) -
     attempts = begin_attempt(two, 60)
     assert attempts == read_attempts(one.scratch_dir)
     unknown = "ended without a word: killed, or its machine lost"
-    assert [(a["attempt"], a["from_step"], a["workers"], a["cause"]) for a in attempts] == [
+    assert [(a.attempt, a.from_step, a.workers, a.cause) for a in attempts] == [
         (1, 0, 1, None),
         (2, 20, 1, "RuntimeError: the loss was nan"),
         (3, 40, 1, unknown),
@@ -42,4 +42,4 @@ def test_only_what_ends_an_attempt_is_its_end(tmp_path: Path) -> None:
         raise ValueError("the loss was nan")
     with pytest.raises(ValueError, match="refused"), ends_noted(context.scratch_dir):
         raise ValueError("the corpus was refused before training began")
-    assert begin_attempt(context, 20)[1]["cause"] == "ValueError: the loss was nan"
+    assert begin_attempt(context, 20)[1].cause == "ValueError: the loss was nan"

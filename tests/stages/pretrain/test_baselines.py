@@ -14,12 +14,14 @@ from lazypipe.model.config import BASELINES
 from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import kernel_used
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.baselines_package import import_baselines_package
+from tests.stages.made_facts import pretrain_facts
 from tests.stages.pretrain.toy_training import context_in, tiny_run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -30,10 +32,12 @@ def trained(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artif
     """As if trained on a GPU."""
     import_baselines_package()
     directory, config = tmp_path_factory.mktemp("gla"), tiny_run("gla")
-    model = build_model(config.model, corpus.facts["vocab_size"])
+    model = build_model(config.model, TokenizeFacts.read(corpus.manifest).vocab_size)
     tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
-    save_checkpoint(directory / "checkpoint", model, corpus.facts["eos_id"], tokenizer)
-    return Artifact(directory, {"config": config.model_dump(mode="json"), "facts": {"seq_len": config.seq_len}})
+    save_checkpoint(directory / "checkpoint", model, TokenizeFacts.read(corpus.manifest).eos_id, tokenizer)
+    return Artifact(
+        directory, {"config": config.model_dump(mode="json"), "facts": pretrain_facts(seq_len=config.seq_len)}
+    )
 
 
 def test_neither_trained_nor_evaluated(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_neither_trained_nor_evaluated(corpus: Artifact, trained: Artifact, tmp_
 def test_analysed_as_a_model_without_attention_weights(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
     inputs = {"tokenize": corpus, "pretrain": trained}
     outputs = sparsity.run(SparsityConfig(windows=2, seq_len=16), inputs, context_in(tmp_path))
-    assert outputs.metrics == {} and outputs.facts["attention_layers"] == []
+    assert outputs.metrics == {} and outputs.facts.attention_layers == []
 
 
 def test_without_the_package_every_stage_says_how_to_install_it(

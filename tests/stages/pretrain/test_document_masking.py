@@ -16,6 +16,7 @@ from lazypipe.stages.data.batches import document_borders, read_window, training
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.gradients import accumulate_gradients
@@ -32,7 +33,7 @@ BRIEF = {"standard", "lazy", "gating", "text_qk", "elliptical"}  # each takes th
 def short_documents(corpus: Artifact) -> Artifact:
     """The corpus with its most frequent token as the end-of-document token: documents of a few tokens."""
     stop = int(np.bincount(TokenShards(corpus.path / "train").read(0, 2000)).argmax())
-    return Artifact(corpus.path, {"facts": {**corpus.facts, "eos_id": stop}, "metrics": corpus.metrics})
+    return Artifact(corpus.path, {"facts": {**corpus.manifest["facts"], "eos_id": stop}, "metrics": corpus.metrics})
 
 
 def masked_run(mixer: str, pattern: object = "uniform", **fields: object) -> PretrainConfig:
@@ -65,9 +66,10 @@ def test_documents_end_with_their_eos_or_with_the_window() -> None:
 @pytest.mark.parametrize("mixer", [*MIXERS])
 def test_gradients_are_those_of_a_loop_over_documents(corpus: Artifact, tmp_path: Path, mixer: str) -> None:
     short = short_documents(corpus)
-    config, eos_id = masked_run(mixer, "even"), short.facts["eos_id"]
+    config, eos_id = masked_run(mixer, "even"), TokenizeFacts.read(short.manifest).eos_id
     shards = TokenShards(corpus.path / "train")
-    model, other = (with_side_text(Transformer(config.model, corpus.facts["vocab_size"])) for _ in range(2))
+    vocab_size = TokenizeFacts.read(corpus.manifest).vocab_size
+    model, other = (with_side_text(Transformer(config.model, vocab_size)) for _ in range(2))
     context = context_in(tmp_path)
     loss, *_ = accumulate_gradients(model, config, shards, 1, context, eos_id)
     windows = training_batch(shards, config.seq_len, config.seed, FIRST_SAMPLE, 8)
@@ -98,9 +100,9 @@ def test_every_mechanism_learns_and_resumes_within_documents(
 
 def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tmp_path: Path) -> None:
     short = short_documents(corpus)
-    config, eos_id = masked_run("lazy"), short.facts["eos_id"]
+    config, eos_id = masked_run("lazy"), TokenizeFacts.read(short.manifest).eos_id
     outputs = pretrain.run(config, {"tokenize": short}, context_in(tmp_path / "masked"))
-    assert outputs.facts["document_masking"] is True
+    assert outputs.facts.document_masking is True
     directory = tmp_path / "masked" / "output"
     model = load_checkpoint(directory / "checkpoint").model
     shards = TokenShards(corpus.path / "validation")
@@ -120,7 +122,7 @@ def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tm
     scoring = EvaluateConfig(context_lengths=(16, 32), prompts=("the",), max_new_tokens=2, max_tokens=400)
     losses = {}
     for masked in (True, False):
-        trained = Artifact(directory, {"facts": {**outputs.facts, "document_masking": masked}, "metrics": {}})
+        trained = Artifact(directory, {"facts": {**outputs.facts.to_json(), "document_masking": masked}, "metrics": {}})
         inputs = {"tokenize": short, "pretrain": trained}
         evaluate.run(scoring, inputs, context_in(tmp_path / f"evaluate-{masked}"))
         table = tmp_path / f"evaluate-{masked}" / "output" / "tables" / "context_lengths.json"
@@ -134,16 +136,16 @@ def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tm
         assert loss != pytest.approx(losses[False][length], rel=5e-5)
 
     longer = scoring.model_copy(update={"extrapolation": ExtrapolationConfig(lengths=(32,), max_tokens=64)})
-    trained = Artifact(directory, {"facts": outputs.facts, "metrics": {}})
+    trained = Artifact(directory, {"facts": outputs.facts.to_json(), "metrics": {}})
     with pytest.warns(UserWarning, match="document_masking, but extrapolation and probes read on across"):
         evaluate.run(longer, {"tokenize": short, "pretrain": trained}, context_in(tmp_path / "longer"))
 
 
 def test_without_borders_in_the_windows_masking_changes_rounding_only(corpus: Artifact, tmp_path: Path) -> None:
-    nowhere = Artifact(corpus.path, {"facts": {**corpus.facts, "eos_id": -1}, "metrics": corpus.metrics})
+    nowhere = Artifact(corpus.path, {"facts": {**corpus.manifest["facts"], "eos_id": -1}, "metrics": corpus.metrics})
     config = masked_run("standard", steps=4)
     found = pretrain.run(config, {"tokenize": nowhere}, context_in(tmp_path / "masked"))
     plain = config.model_copy(update={"document_masking": False})
     expected = pretrain.run(plain, {"tokenize": corpus}, context_in(tmp_path / "plain"))
-    assert expected.facts["document_masking"] is False
+    assert expected.facts.document_masking is False
     assert found.metrics["validation_loss"] == pytest.approx(expected.metrics["validation_loss"], rel=1e-5)

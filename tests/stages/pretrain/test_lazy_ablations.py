@@ -16,6 +16,7 @@ from lazypipe.stages.report.findings import findings
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.model.mixers.test_lazy_ablations import ABLATIONS
+from tests.stages.made_facts import pretrain_facts
 from tests.stages.pretrain.test_mechanisms import learns_and_resumes
 from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run
 
@@ -47,7 +48,7 @@ def test_an_ablation_goes_through_the_stages(corpus: Artifact, tmp_path: Path, n
     history = json.loads((output / "tables" / "history.json").read_text())[-1]
     assert ("tau_mean" in history) == (mixer.tau is not None)
 
-    trained = Artifact(output, {"config": config.model_dump(mode="json"), "facts": {}, "metrics": {}})
+    trained = Artifact(output, {"config": config.model_dump(mode="json"), "facts": pretrain_facts(), "metrics": {}})
     inputs = {"tokenize": corpus, "pretrain": trained}
     measured = SparsityConfig(windows=2, seq_len=32, heat_map_heads=0)
     metrics = sparsity.run(measured, inputs, context_in(tmp_path / "sparsity")).metrics

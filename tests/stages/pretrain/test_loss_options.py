@@ -10,6 +10,7 @@ from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.gradients import accumulate_gradients
 from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run
@@ -22,7 +23,7 @@ def test_z_loss_is_in_the_gradient_and_apart_in_the_numbers(
     """Of the first step: gradients in float64 of the definition; then what a run logs."""
     config = tiny_run("standard", z_loss=0.05, loss_chunk_tokens=chunk, steps=1, warmup_steps=0)
     shards = TokenShards(corpus.path / "train")
-    model, other = (Transformer(config.model, corpus.facts["vocab_size"]) for _ in range(2))
+    model, other = (Transformer(config.model, TokenizeFacts.read(corpus.manifest).vocab_size) for _ in range(2))
     found = accumulate_gradients(model, config, shards, 0, context_in(tmp_path), None)
     other.double()
     expected = torch.zeros(2, dtype=torch.float64)

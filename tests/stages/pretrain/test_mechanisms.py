@@ -13,6 +13,7 @@ from lazypipe.model.generate import generate
 from lazypipe.model.pattern import PATTERNS
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, Context, Interrupted
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny, with_side_text
@@ -30,8 +31,9 @@ def test_a_mechanism_learns_resumes_decodes_and_never_looks_ahead(
 ) -> None:
     learns_and_resumes(config_of(mixer, pattern), corpus, tmp_path)
     model = load_checkpoint(tmp_path / "whole" / "output" / "checkpoint").model
-    decodes_like_the_full_forward(model, corpus.facts["vocab_size"], length=40)
-    sees_no_later_token(model, corpus.facts["vocab_size"], mixes=mixer not in MIXES_NOTHING or pattern != "uniform")
+    vocab_size = TokenizeFacts.read(corpus.manifest).vocab_size
+    decodes_like_the_full_forward(model, vocab_size, length=40)
+    sees_no_later_token(model, vocab_size, mixes=mixer not in MIXES_NOTHING or pattern != "uniform")
 
 
 @pytest.mark.long
@@ -41,8 +43,9 @@ def test_every_mechanism_in_every_pattern(corpus: Artifact, tmp_path: Path, mixe
     config = config_of(mixer, [1, 4, 6] if pattern == "1 4 6" else pattern, num_layers=6)
     learns_and_resumes(config, corpus, tmp_path)
     model = load_checkpoint(tmp_path / "whole" / "output" / "checkpoint").model
-    decodes_like_the_full_forward(model, corpus.facts["vocab_size"], length=60)
-    sees_no_later_token(model, corpus.facts["vocab_size"], mixes=mixer not in MIXES_NOTHING or pattern != "uniform")
+    vocab_size = TokenizeFacts.read(corpus.manifest).vocab_size
+    decodes_like_the_full_forward(model, vocab_size, length=60)
+    sees_no_later_token(model, vocab_size, mixes=mixer not in MIXES_NOTHING or pattern != "uniform")
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2}, {"qk_norm": True}, {"pattern": [2]}], ids=str)
@@ -82,13 +85,13 @@ def learns_and_resumes(config: PretrainConfig, corpus: Artifact, directory: Path
     # Not in the background: a run is stopped by the sight of its checkpoint.
     config = config.model_copy(update={"async_checkpoints": False})
     whole = pretrain.run(config, inputs, context_in(directory / "whole"))
-    assert whole.facts["nonfinite_steps"] == 0
-    assert whole.metrics["validation_loss"] < math.log(corpus.facts["vocab_size"]) - 2.0
+    assert whole.facts.nonfinite_steps == 0
+    assert whole.metrics["validation_loss"] < math.log(TokenizeFacts.read(corpus.manifest).vocab_size) - 2.0
     plain = context_in(directory / "halves")
     with pytest.raises(Interrupted, match="step 7 of 16"):
         pretrain.run(config, inputs, StopAfter6(plain.output_dir, plain.scratch_dir))
     resumed = pretrain.run(config, inputs, plain)
-    assert (resumed.facts["resumed_from"], resumed.facts["steps_executed"]) == (7, 9)
+    assert (resumed.facts.resumed_from, resumed.facts.steps_executed) == (7, 9)
     expected, found = (
         load_file(directory / half / "output" / "checkpoint" / "model.safetensors") for half in ("whole", "halves")
     )

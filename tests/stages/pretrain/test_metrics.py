@@ -67,7 +67,7 @@ def test_utilisation_by_hand() -> None:
     model = ModelConfig(hidden_size=64, num_layers=3, num_heads=4, max_seq_len=128, tie_embeddings=True)
     config = PretrainConfig(model=model, seq_len=128, tokens_per_step=1024, dtype="bfloat16")
     under = machine(config, 1000, torch.device("cpu"), 2)
-    assert under.utilisation(1e6) is None and under.facts()["peak_flops"] == "unknown"
+    assert under.utilisation(1e6) is None and under.peak_flops is None
     matrices = 3 * (4 * 64 * 64 + 3 * 64 * model.mlp_size) + 1000 * 64
     expected = 6 * matrices + 3 * 12 * 128 * 64
     assert under.flops_per_token == expected
@@ -125,7 +125,7 @@ def test_a_step_says_how_long_it_took_and_what_of_it_was_waiting(
         assert "mfu" not in numbers
     waits = [line["metrics"]["data_wait"] * line["metrics"]["step_seconds"] for line in slowed]
     assert outputs.metrics["data_wait"] * outputs.metrics["train_seconds"] == pytest.approx(sum(waits))
-    assert outputs.facts["peak_flops"] == "unknown" and outputs.facts["gpu"] == "none"
+    assert outputs.facts.peak_flops == "unknown" and outputs.facts.gpu == "none"
 
 
 MECHANISMS = ("standard", "lazy", "sink", "random_qk", "stick_breaking")

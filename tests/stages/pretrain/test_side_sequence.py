@@ -23,7 +23,7 @@ def trained(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artif
     directory = tmp_path_factory.mktemp("text_qk")
     config = tiny_run("text_qk", steps=6)
     outputs = pretrain.run(config, {"tokenize": corpus}, context_in(directory))
-    manifest = {"config": config.model_dump(mode="json"), "facts": outputs.facts, "metrics": outputs.metrics}
+    manifest = {"config": config.model_dump(mode="json"), "facts": outputs.facts.to_json(), "metrics": outputs.metrics}
     return Artifact(directory / "output", manifest)
 
 

@@ -14,6 +14,7 @@ from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import gradients
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -98,7 +99,7 @@ def test_training_adds_it_and_logs_it_apart(corpus: Artifact, tmp_path: Path) ->
     """One step: the gradient is that of cross-entropy + lambda L; the losses that are reported are without it."""
     config = tiny_run("sink", steps=16, validate_every=16, sink_balance=3.0)
     shards = TokenShards(corpus.path / "train")
-    model, other = (Transformer(config.model, corpus.facts["vocab_size"]) for _ in range(2))
+    model, other = (Transformer(config.model, TokenizeFacts.read(corpus.manifest).vocab_size) for _ in range(2))
     losses = accumulate_gradients(model, config, shards, 0, context_in(tmp_path), None)
     expected = [0.0, 0.0, 0.0]
     for first in (0, 4):

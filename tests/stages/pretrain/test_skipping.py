@@ -96,7 +96,7 @@ def test_spikes_are_skipped_alike_after_a_resume_and_on_two_workers(corpus: Arti
     """Bitwise after the resume, whose window was filled before it; to rounding with a second worker."""
     config = tiny_run("standard", **SPIKES)
     alone = pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path / "alone"))
-    assert 1 <= alone.facts["spikes_skipped"] <= 6
+    assert 1 <= alone.facts.spikes_skipped <= 6
 
     plain = context_in(tmp_path / "resumed")
     context = StoppingContext(plain.output_dir, plain.scratch_dir)
@@ -105,8 +105,8 @@ def test_spikes_are_skipped_alike_after_a_resume_and_on_two_workers(corpus: Arti
         pretrain.run(config, {"tokenize": corpus}, context)
     (context.scratch_dir / "stop").unlink()
     resumed = pretrain.run(config, {"tokenize": corpus}, context)
-    assert resumed.facts["resumed_from"] == 7  # told after step 6, all workers learn of it with the next
-    assert resumed.facts["spikes_skipped"] == alone.facts["spikes_skipped"]
+    assert resumed.facts.resumed_from == 7  # told after step 6, all workers learn of it with the next
+    assert resumed.facts.spikes_skipped == alone.facts.spikes_skipped
     expected = trained_weights(tmp_path / "alone")
     for name, tensor in trained_weights(tmp_path / "resumed").items():
         assert torch.equal(tensor, expected[name]), name
@@ -118,7 +118,7 @@ def test_spikes_are_skipped_alike_after_a_resume_and_on_two_workers(corpus: Arti
         worker.join(120)
     for rank in (0, 1):
         result = json.loads((together / f"result-{rank}.json").read_text())
-        assert result["facts"]["spikes_skipped"] == alone.facts["spikes_skipped"]
+        assert result["facts"]["spikes_skipped"] == alone.facts.spikes_skipped
     for name, tensor in trained_weights(together).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
 
@@ -155,7 +155,7 @@ def test_giving_up_saves_the_last_good_weights_and_says_what_next(
         pretrain.run(config, {"tokenize": corpus}, context)
     patient = PretrainConfig.model_validate({**config.model_dump(), "max_nonfinite_in_a_row": 6})
     outputs = pretrain.run(patient, {"tokenize": corpus}, context)
-    assert (outputs.facts["resumed_from"], outputs.facts["nonfinite_steps"]) == (7, 5)
+    assert (outputs.facts.resumed_from, outputs.facts.nonfinite_steps) == (7, 5)
 
 
 @pytest.mark.filterwarnings("ignore:step .*skipped. loss")

@@ -21,6 +21,7 @@ from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import training_batch, validation_windows
 from lazypipe.stages.data.shards import TokenShards
+from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import loss as window_losses
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -64,8 +65,8 @@ def test_training_learns_and_says_what_it_did(corpus: Artifact, tmp_path: Path, 
     assert outputs.metrics["validation_loss"] < corpus.metrics["unigram_entropy"] - 1.0
     assert outputs.metrics["tokens_per_s"] == pytest.approx(60 * 256 / outputs.metrics["train_seconds"])
     facts = outputs.facts
-    assert (facts["steps"], facts["steps_executed"], facts["resumed_from"], facts["nonfinite_steps"]) == (60, 60, 0, 0)
-    assert (facts["tokens"], facts["seq_len"], facts["world_size"], facts["threads"]) == (60 * 256, 32, 1, 1)
+    assert (facts.steps, facts.steps_executed, facts.resumed_from, facts.nonfinite_steps) == (60, 60, 0, 0)
+    assert (facts.tokens, facts.seq_len, facts.world_size, facts.threads) == (60 * 256, 32, 1, 1)
 
     logged = metric_lines(context_in(tmp_path))
     assert [line["step"] for line in logged] == [*range(5, 61, 5)]
@@ -81,7 +82,8 @@ def test_training_learns_and_says_what_it_did(corpus: Artifact, tmp_path: Path, 
     assert (progress["done"], progress["total"], progress["unit"]) == (60, 60, "steps")
 
     checkpoint = load_checkpoint(tmp_path / "output" / "checkpoint")
-    assert (checkpoint.vocab_size, checkpoint.eos_id) == (corpus.facts["vocab_size"], corpus.facts["eos_id"])
+    tokenization = TokenizeFacts.read(corpus.manifest)
+    assert (checkpoint.vocab_size, checkpoint.eos_id) == (tokenization.vocab_size, tokenization.eos_id)
     assert checkpoint.tokenizer_path.read_bytes() == (corpus.path / "tokenizer" / "tokenizer.json").read_bytes()
     shards = TokenShards(corpus.path / "validation")
     windows = np.stack([shards.read(32 * int(w), 33) for w in validation_windows(shards, 32, 8)])
@@ -104,7 +106,8 @@ def test_a_step_is_the_mean_gradient_of_its_windows_clipped(corpus: Artifact, tm
     config = tiny_run("standard", steps=1, warmup_steps=0, grad_clip=0.01)
     train(config, corpus, tmp_path)
     logged = metric_lines(context_in(tmp_path))[0]["metrics"]
-    model = Transformer(config.model, corpus.facts["vocab_size"], config.seed).double()
+    vocab_size = TokenizeFacts.read(corpus.manifest).vocab_size
+    model = Transformer(config.model, vocab_size, config.seed).double()
     windows = torch.from_numpy(training_batch(TokenShards(corpus.path / "train"), 32, config.seed, 0, 8))
     loss = next_token_loss(model, windows)
     loss.backward()
@@ -112,7 +115,7 @@ def test_a_step_is_the_mean_gradient_of_its_windows_clipped(corpus: Artifact, tm
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
     # Adam's first step is lr * sign(gradient) wherever the clipped gradient is far above eps, plus the decay.
-    before = Transformer(config.model, corpus.facts["vocab_size"], config.seed).layers[0].mixer.v_proj.weight
+    before = Transformer(config.model, vocab_size, config.seed).layers[0].mixer.v_proj.weight
     moved = weights(tmp_path)["layers.0.mixer.v_proj.weight"] - before * (1 - config.lr * config.weight_decay)
     gradient = model.layers[0].mixer.v_proj.weight.grad * (config.grad_clip / norm)
     torch.testing.assert_close(moved, (-config.lr * gradient / (gradient.abs() + 1e-8)).float(), atol=2e-4, rtol=0)
@@ -130,7 +133,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     with (tmp_path / "output" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "ti')  # a line torn by the crash
     outputs = train(config, corpus, tmp_path)
-    assert (outputs.facts["resumed_from"], outputs.facts["steps_executed"]) == (5, 7)
+    assert (outputs.facts.resumed_from, outputs.facts.steps_executed) == (5, 7)
     assert_same_weights(undisturbed[mixer], tmp_path)
     assert [line["step"] for line in metric_lines(context_in(tmp_path))] == [*range(1, 13)]
     expected = json.loads((undisturbed[mixer] / "output" / "tables" / "history.json").read_text())
@@ -148,7 +151,7 @@ def test_a_stop_saves_and_the_next_run_goes_on(corpus: Artifact, undisturbed: di
         pretrain.run(tiny_run("standard"), {"tokenize": corpus}, context)
     stop.unlink()
     outputs = pretrain.run(tiny_run("standard"), {"tokenize": corpus}, context)
-    assert (outputs.facts["resumed_from"], outputs.facts["steps_executed"]) == (1, 11)
+    assert (outputs.facts.resumed_from, outputs.facts.steps_executed) == (1, 11)
     assert_same_weights(undisturbed["standard"], tmp_path)
 
 
@@ -168,7 +171,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     newest.write_bytes(content)
     with pytest.warns(UserWarning, match=r"step-00000011 is damaged \(.*__0_0.distcp does not match"):
         outputs = train(tiny_run("standard"), corpus, tmp_path)
-    assert outputs.facts["resumed_from"] == 10
+    assert outputs.facts.resumed_from == 10
     assert_same_weights(undisturbed["standard"], tmp_path)
 
 
@@ -189,7 +192,7 @@ def test_a_checkpoint_of_another_config_is_refused(
         pretrain.run(config, {"tokenize": corpus}, context)
     # How often it logs or validates is no part of what a run is.
     outputs = pretrain.run(tiny_run("standard", log_every=4, validate_every=3), {"tokenize": corpus}, context)
-    assert outputs.facts["resumed_from"] == 1
+    assert outputs.facts.resumed_from == 1
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
@@ -251,7 +254,7 @@ def test_a_non_finite_step_is_skipped_and_counted(
     monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
     with pytest.warns(UserWarning, match="step 4: skipped"):
         outputs = train(tiny_run("standard"), corpus, tmp_path)
-    assert outputs.facts["nonfinite_steps"] == 1
+    assert outputs.facts.nonfinite_steps == 1
     assert torch.equal(weights_seen[3], weights_seen[4])
     assert not torch.equal(weights_seen[4], weights_seen[5])
     fourth = json.loads((tmp_path / "output" / "tables" / "history.json").read_text())[3]
@@ -326,6 +329,6 @@ def test_the_triton_kernels_are_checked_before_they_train(
 
     monkeypatch.setattr(preflight, "preflight", record)
     model = ModelConfig(hidden_size=64, num_heads=4, num_kv_heads=2, mixer=mixer, max_bias_length=32)
-    facts = check_kernels(PretrainConfig(model=model, kernel=kernel, dtype="bfloat16"), torch.device(device))
+    result = check_kernels(PretrainConfig(model=model, kernel=kernel, dtype="bfloat16"), torch.device(device))
     assert asked == ([(4, 2, 16, 32, torch.bfloat16, "cuda")] if checked else [])
-    assert bool(facts) == checked
+    assert (result is not None) == checked

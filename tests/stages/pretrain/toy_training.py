@@ -39,7 +39,7 @@ def toy_corpus(directory: Path, documents: int = 60) -> Artifact:
     )
     context = context_in(directory)
     outputs = tokenization.run(config, {}, context)
-    manifest = {"facts": outputs.facts, "metrics": outputs.metrics}
+    manifest = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics}
     (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return read_artifact(directory)
 
@@ -100,7 +100,7 @@ def train_in_a_process(
     context = DyingContext(plain.output_dir, plain.scratch_dir, rank=rank, world_size=world_size)
     context.die_at = die_at
     outputs = pretrain.run(config, {"tokenize": read_artifact(corpus)}, context)
-    result = {"facts": outputs.facts, "metrics": outputs.metrics}
+    result = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics}
     (directory / f"result-{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     if rendezvous is not None:
         torch.distributed.destroy_process_group()

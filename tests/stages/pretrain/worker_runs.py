@@ -72,7 +72,7 @@ def train_here(corpus: Path, run: Run, rank: int = 0, world_size: int = 1) -> No
     result: dict[str, Any] = {}
     try:
         outputs = pretrain.run(run.config, {"tokenize": read_artifact(corpus)}, context)
-        result = {"facts": outputs.facts, "metrics": outputs.metrics}
+        result = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics}
     except Interrupted as interrupted:
         result = {"interrupted": str(interrupted)}
     finally:

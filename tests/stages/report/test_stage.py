@@ -17,6 +17,7 @@ from lazypipe.stages import figures
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.facts import ReportFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.report import page as report_page
@@ -27,6 +28,7 @@ from lazypipe.stages.report.table import terminal_rows
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.tokenization.config import TokenizeConfig
+from tests.stages.made_facts import evaluate_facts, pretrain_facts, sparsity_facts, tokenize_facts
 from tests.stages.pretrain.toy_training import tiny_run, toy_corpus
 from tests.stages.tiny_experiment import context_in
 
@@ -41,13 +43,15 @@ def artifact(directory: Path, config: Any, metrics: dict[str, float], facts: dic
 
 def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I charge thee.") -> dict[str, Artifact]:
     """Upstream artifacts of made-up variants: those whose name starts with "lazy" are lazy, the others standard."""
-    splits = {name: {"documents": 2, "tokens": 1234567, "bytes": 3456789} for name in ("train", "validation")}
+    splits = {
+        name: {"documents": 2, "tokens": 1234567, "bytes": 3456789, "shards": []} for name in ("train", "validation")
+    }
     inputs = {
         "tokenize": artifact(
             root / "tokenize",
             TokenizeConfig(),
             {"unigram_entropy": UNIGRAM_ENTROPY, "bytes_per_token": 2.8},
-            {"vocab_size": 2048, "splits": splits},
+            tokenize_facts(vocab_size=2048, splits=splits),
             fingerprint="f" * 64,
             generation="g0002",
             created="2026-01-02T03:04:05+00:00",
@@ -61,7 +65,7 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
             root / "pretrain" / name,
             PretrainConfig.model_validate({"model": {"mixer": mixer}, "seed": 3}),
             {"loss": 4.0, "tokens_per_s": 1000.0 + 500 * number},
-            {"parameters": 800_000 + 2064 * lazy, "steps": 4, "threads": 2, "device": "cpu"},
+            pretrain_facts(parameters=800_000 + 2064 * lazy),
             warnings=["<b>bold</b> warning", {"message": "skipped", "step": 5, "ranks": [1]}] if lazy else [],
         )
         context = Context(trained.path, trained.path)
@@ -71,7 +75,10 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
         )
         metrics = {} if loss is None else {"validation_loss": loss, "perplexity": float(np.exp(loss))}
         evaluated = inputs[f"evaluate/{name}"] = artifact(
-            root / "evaluate" / name, EvaluateConfig(), {**metrics, "perplexity_at/512": 90.0 + number}, {}
+            root / "evaluate" / name,
+            EvaluateConfig(),
+            {**metrics, "perplexity_at/512": 90.0 + number},
+            evaluate_facts(),
         )
         context = Context(evaluated.path, evaluated.path)
         context.log_table(
@@ -93,7 +100,7 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
                 "sink": 0.01 if lazy else 0.2,
                 **(moved if lazy else {}),
             },
-            {"mixer": mixer, "windows": 16, "seq_len": 256, "threads": 2, "device": "cpu"},
+            sparsity_facts(mixer),
         )
         context = Context(measured.path, measured.path)
         context.log_table(
@@ -171,7 +178,7 @@ def test_json_and_metrics_hold_the_upstream_numbers(two: tuple[Outputs, Path]) -
     assert standard["tokens_per_s"] == 1500 and found["unigram_entropy"] == UNIGRAM_ENTROPY
     assert outputs.metrics["lazy/validation_loss"] == 4.31 and outputs.metrics["standard/sink"] == 0.2
     assert outputs.metrics["lazy/perplexity_at/512"] == 90
-    assert outputs.facts == {"variants": ["lazy", "standard"], "reference": "standard"}
+    assert outputs.facts == ReportFacts(variants=["lazy", "standard"], reference="standard")
 
 
 def test_terminal_table_ends_with_the_yardstick(two: tuple[Outputs, Path]) -> None:
@@ -315,7 +322,7 @@ def hybrid_run(mixer: str, pattern: object) -> PretrainConfig:
 def finish(root: Path, stage: str, mixer: str, module: Any, config: Any, inputs: dict[str, Artifact]) -> Artifact:
     context = context_in(root / stage / mixer)
     outputs: Outputs = module.run(config, inputs, context)
-    manifest = {"config": config.model_dump(mode="json"), "facts": outputs.facts, "metrics": outputs.metrics}
+    manifest = {"config": config.model_dump(mode="json"), "facts": outputs.facts.to_json(), "metrics": outputs.metrics}
     return Artifact(context.output_dir, manifest)
 
 

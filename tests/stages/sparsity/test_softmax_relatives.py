@@ -56,7 +56,7 @@ def test_the_sparsity_stage_measures_it(corpus: Artifact, tmp_path: Path, varian
     }
     measured = SparsityConfig(windows=2, seq_len=LENGTH, query_block=8, heat_map_heads=0)
     outputs = sparsity.run(measured, inputs, context_in(tmp_path / "run"))
-    assert outputs.facts["mixer"] == config.mixer
+    assert outputs.facts.mixer == config.mixer
     metrics = outputs.metrics
     if variant == "entmax":
         assert 0.05 < metrics["sparsity"] < 0.95

@@ -63,7 +63,7 @@ def test_standard_attention_has_no_exact_zero_and_all_of_its_mass(standard: Fini
     assert metrics["surviving_mass"] == pytest.approx(1, abs=1e-6)
     assert metrics["sink"] + metrics["rest_mass"] == pytest.approx(metrics["surviving_mass"], abs=1e-12)
     assert not any(name.startswith(("tau", "bias")) for name in metrics)
-    assert facts["windows"] == 4 and facts["mixer"] == "standard"
+    assert facts.windows == 4 and facts.mixer == "standard"
     assert standard.figures == {"sparsity_by_layer", "sink_by_layer", "attention_layer_0", "attention_layer_1"}
     heads = json.loads((standard.directory / "output" / "tables" / "heads.json").read_text())
     assert [row["tau"] for row in heads] == [None] * 8
@@ -118,7 +118,7 @@ def test_tables_hold_every_head_and_average_to_the_summary(lazy: Finished) -> No
 
 def test_layers_without_attention_weights_have_nulls_and_no_part_in_the_means(tmp_path: Path, corpus: Artifact) -> None:
     hybrid = run(tmp_path / "hybrid", corpus, trained_looking("mlp", pattern=[2]), WITH_MAPS)
-    assert (hybrid.facts["mixer"], hybrid.facts["pattern"], hybrid.facts["attention_layers"]) == ("mlp", [2], [1])
+    assert (hybrid.facts.mixer, hybrid.facts.pattern, hybrid.facts.attention_layers) == ("mlp", [2], [1])
     assert hybrid.metrics["surviving_mass"] == pytest.approx(1, abs=1e-6)
     assert hybrid.metrics["sink"] == hybrid.metrics["sink/layer_1"] and "sink/layer_0" not in hybrid.metrics
     heads = pq.read_table(tmp_path / "hybrid" / "output" / "tables" / "heads.parquet").to_pylist()
@@ -128,7 +128,7 @@ def test_layers_without_attention_weights_have_nulls_and_no_part_in_the_means(tm
     assert figures == {"sparsity_by_layer", "sink_by_layer", "attention_layer_1"}
 
     nothing = run(tmp_path / "mlp", corpus, trained_looking("mlp"), WITH_MAPS)
-    assert nothing.metrics == {} and nothing.facts["attention_layers"] == []
+    assert nothing.metrics == {} and nothing.facts.attention_layers == []
     layers = pq.read_table(tmp_path / "mlp" / "output" / "tables" / "layers.parquet").to_pylist()
     assert [row["layer"] for row in layers] == [0, 1]
     assert {value for row in layers for name, value in row.items() if name != "layer"} == {None}
@@ -156,7 +156,7 @@ def test_fewer_windows_than_asked_are_used_with_a_warning(tmp_path: Path) -> Non
     corpus = tokenized(tmp_path / "tokenize", 3 * 32 + 1)
     with pytest.warns(UserWarning, match=r"holds 3 windows of seq_len=32, 4 were asked for"):
         outputs = run(tmp_path, corpus, trained_looking("standard"))
-    assert outputs.facts["windows"] == 3 and outputs.facts["windows_asked"] == 4
+    assert outputs.facts.windows == 3 and outputs.facts.windows_asked == 4
 
 
 def test_no_window_is_refused_with_the_numbers(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_windows_longer_than_the_model_was_meant_for_are_measured_with_a_warning
 ) -> None:
     with pytest.warns(UserWarning, match=r"seq_len=96 is above model.max_seq_len=64"):
         outputs = run(tmp_path, corpus, trained_looking("standard"), CONFIG.model_copy(update={"seq_len": 96}))
-    assert outputs.facts["beyond_max_seq_len"] is True
+    assert outputs.facts.beyond_max_seq_len is True
 
 
 def test_diverged_weights_are_refused_by_name(tmp_path: Path, corpus: Artifact) -> None:

@@ -62,13 +62,13 @@ def test_what_is_left_out_is_counted_and_nothing_else_changes(tmp_path):
     assert not set(train) & set(validation)
     assert [text for text in left if text in set(train)] == train, "input order"
     size = {number: len(texts[number].encode()) for number in (5, 9, 30, 31)}
-    assert outputs.facts["filters"] == {
+    assert outputs.facts.to_json()["filters"] == {
         "too_short": {"documents": 1, "bytes": 8},
         "duplicate": {"documents": 3, "bytes": size[9] + size[30] + size[31]},
     }
     assert outputs.metrics["duplicate_documents"] == 3
-    assert outputs.facts["source"]["documents"] == 40
-    assert outputs.facts["source"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert outputs.facts.source.documents == 40
+    assert outputs.facts.source.bytes == sum(len(text.encode()) for text in texts)
     rows = json.loads((output / "tables/sources.json").read_text())
     assert [(row["too_short_documents"], row["duplicate_documents"], row["duplicate_bytes"]) for row in rows] == [
         (1, 1, size[9]),
@@ -82,13 +82,13 @@ def test_what_is_left_out_is_counted_and_nothing_else_changes(tmp_path):
         assert filtered[split][0] == expected[split][0], split
     small, in_units = tokenize(tmp_path / "units", source, filters=filters, validation_fraction=0.3, shard_bytes=4096)
     assert content(in_units) == filtered
-    assert small.facts["filters"] == outputs.facts["filters"]
+    assert small.facts.filters == outputs.facts.filters
 
 
 def test_one_text_many_times_is_one_document_cut_near_its_end(tmp_path):
     outputs, output = tokenize(tmp_path, write(tmp_path, [story(1)] * 30), filters={"exact_duplicates": "drop"})
     assert "".join(decoded(output, "train") + decoded(output, "validation")) == story(1)
-    assert outputs.facts["filters"]["duplicate"]["documents"] == 29
+    assert outputs.facts.filters["duplicate"].documents == 29
 
 
 def test_the_defaults_are_not_part_of_a_recipe():

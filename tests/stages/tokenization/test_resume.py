@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from lazypipe.stages.contract import Context, Interrupted, Outputs
+from lazypipe.stages.facts import UnitFacts
 from lazypipe.stages.kept_work import keep, kept, sweep_unfinished
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.stage import run
@@ -114,7 +116,7 @@ def test_killed_outright_in_the_middle_of_encoding(tmp_path, undisturbed, victim
     kept_units = len(units_in(folder))
 
     outputs, output = tokenize(config, folder, "second")
-    units = outputs.facts["units"]
+    units = outputs.facts.to_json()["units"]
     assert 3 <= kept_units < units["total"], errors.decode()
     assert units["encoded_before"] == kept_units == outputs.metrics["units_resumed"]
     assert units["read_before"] == units["total"]
@@ -145,14 +147,14 @@ def test_stopped_it_says_what_is_kept_and_goes_on_from_there(tmp_path, phase, sa
     (folder / "scratch/stop").unlink()
     outputs, output = tokenize(config, folder, "second")
     encoding = phase == "encode_unit"
-    assert outputs.facts["units"] == {
+    assert outputs.facts.to_json()["units"] == {
         "total": 6,
         "read_before": 6 if encoding else 3,
         "encoded_before": 3 if encoding else 0,
         "tokenizer_before": encoding,
     }
     assert content(output) == content(whole)
-    assert outputs.facts | {"units": None} == expected.facts | {"units": None}
+    assert replace(outputs.facts, units=None) == replace(expected.facts, units=None)
 
 
 def damage(file: Path) -> None:
@@ -179,7 +181,7 @@ def test_damaged_work_is_done_again_with_a_warning(tmp_path, name, warning, unha
     with pytest.warns(UserWarning, match=warning):
         outputs, again = tokenize(config, tmp_path, "again")
     assert content(again) == expected
-    assert outputs.facts["units"][unharmed] == 6
+    assert outputs.facts.to_json()["units"][unharmed] == 6
 
 
 def test_work_for_another_recipe_or_text_is_not_taken_up(tmp_path):
@@ -188,12 +190,12 @@ def test_work_for_another_recipe_or_text_is_not_taken_up(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other, _ = tokenize(config_of(source, 8192).model_copy(update={"validation_fraction": 0.3}), tmp_path, "two")
-        assert other.facts["units"] == {"total": 6, "read_before": 6, "encoded_before": 0, "tokenizer_before": False}
+        assert other.facts.units == UnitFacts(6, read_before=6, encoded_before=0, tokenizer_before=False)
         text = (tmp_path / "a.jsonl").read_text()
         (tmp_path / "a.jsonl").write_text(text.replace("York", "Cork", 1))
         changed, _ = tokenize(config_of(source, 8192), tmp_path, "three")
-    assert changed.facts["units"]["read_before"] == 0  # all units are of that one file
-    assert changed.facts["units"]["encoded_before"] == 0
+    assert changed.facts.units.read_before == 0  # all units are of that one file
+    assert changed.facts.units.encoded_before == 0
 
 
 def test_a_folder_is_kept_whole_or_not_at_all(tmp_path):

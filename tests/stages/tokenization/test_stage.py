@@ -78,13 +78,13 @@ def test_every_document_is_in_one_split_and_decodes_to_itself(tmp_path):
     }
     for split, wanted in expected.items():
         assert decoded(output, split) == wanted
-        facts = outputs.facts["splits"][split]
-        assert facts["documents"] == len(wanted) == outputs.metrics[f"{split}_documents"]
-        assert facts["bytes"] == sum(len(text.encode()) for text in wanted)
-        assert facts["tokens"] == TokenShards(output / split).num_tokens
-        assert facts["shards"] == sorted(path.name for path in (output / split).glob("shard-*"))
-    assert outputs.facts["source"]["documents"] == 30
-    assert outputs.facts["source"]["skipped_rows"] == 4
+        facts = outputs.facts.splits[split]
+        assert facts.documents == len(wanted) == outputs.metrics[f"{split}_documents"]
+        assert facts.bytes == sum(len(text.encode()) for text in wanted)
+        assert facts.tokens == TokenShards(output / split).num_tokens
+        assert facts.shards == sorted(path.name for path in (output / split).glob("shard-*"))
+    assert outputs.facts.source.documents == 30
+    assert outputs.facts.source.skipped_rows == 4
     assert not list(output.rglob(".*"))
     rows = {row["file"]: row for row in json.loads((output / "tables/sources.json").read_text())}
     assert [(row["first_row"], row["rows"], row["documents"]) for row in rows.values()] == [
@@ -106,7 +106,7 @@ def test_statistics_match_a_recount(tmp_path):
     assert metrics["unigram_entropy"] == pytest.approx(entropy, rel=1e-12)
     text_bytes = metrics["train_bytes"] + metrics["validation_bytes"]
     assert metrics["bytes_per_token"] == text_bytes / (metrics["train_tokens"] + metrics["validation_tokens"])
-    histogram = outputs.facts["document_length_histogram"]
+    histogram = outputs.facts.document_length_histogram
     assert json.loads((output / "tables/document_lengths.json").read_text()) == histogram
     for split in ("train", "validation"):
         lengths = TokenShards(output / split).documents.column("length").to_pylist()
@@ -118,7 +118,7 @@ def test_statistics_match_a_recount(tmp_path):
     assert progress["done"] == progress["total"] == text_bytes
     assert progress["unit"] == "bytes"
     assert {"mb_per_s", "tokens_per_s"} <= set(progress["numbers"])
-    json.dumps(outputs.facts)
+    json.dumps(outputs.facts.to_json())
 
 
 def test_tokenizer_sees_training_documents_only(tmp_path):
@@ -128,7 +128,7 @@ def test_tokenizer_sees_training_documents_only(tmp_path):
     )
     letters = {split: {text[0] for text in decoded(output, split)} for split in ("train", "validation")}
     tokenizer = Tokenizer.from_file(str(output / "tokenizer/tokenizer.json"))
-    assert outputs.facts["vocab_size"] == 300
+    assert outputs.facts.vocab_size == 300
     # A letter of two bytes becomes one token only if it was seen in training.
     for split, at_most in (("train", 1), ("validation", 2)):
         assert {len(tokenizer.encode(letter).ids) for letter in letters[split]} == {at_most}
@@ -150,7 +150,7 @@ def test_tokens_do_not_depend_on_workers_parts_or_shards(tmp_path):
     one, output = tokenize(tmp_path / "serial", source)  # one unit
     expected = content(output)
     small = {"shard_bytes": 4096}
-    assert one.facts["source"]["bytes"] > 4096  # several units
+    assert one.facts.source.bytes > 4096  # several units
     serial, output = tokenize(tmp_path / "small", source, **small)
     assert content(output) == expected
     shards = {path.name: path.read_bytes() for path in sorted(output.rglob("*.arrow"))}
@@ -218,7 +218,7 @@ def test_invalid_utf8_is_replaced_counted_and_named(tmp_path):
     source = {"kind": "files", "paths": [str(good), str(bad)]}
     with pytest.warns(UserWarning, match=r"bad.jsonl: 4 bytes are not UTF-8"):
         outputs, output = tokenize(tmp_path / "replace", source)
-    assert outputs.facts["invalid_utf8_bytes"] == 4
+    assert outputs.facts.invalid_utf8_bytes == 4
     assert "caf� au lait, na�ve �� words" in decoded(output, "train") + decoded(output, "validation")
     with pytest.raises(UserError, match=r"bad.jsonl' is not UTF-8 at byte 13"):
         tokenize(tmp_path / "refuse", source, invalid_utf8="refuse")
@@ -237,7 +237,7 @@ def test_eos_spelt_out_in_a_text_is_text_and_a_warning(tmp_path):
         _, output = tokenize(tmp_path / "plain", source)
     assert "".join(decoded(output, "train") + decoded(output, "validation")).count("<|endoftext|>") == 8
     outputs, _ = tokenize(tmp_path / "split", {**source, "document_separator": "<|endoftext|>"})
-    assert outputs.facts["source"]["documents"] == 9
+    assert outputs.facts.source.documents == 9
 
 
 @pytest.mark.parametrize("rows", ['{"text": ""}\n{"text": null}\n', '{"text": " "}\n' * 30])
@@ -268,7 +268,7 @@ def test_a_tokenizer_file_brings_its_eos_and_dtype(tmp_path):
         tmp_path / "run", source, tokenizer={"kind": "file", "path": str(path)}, token_dtype="uint32"
     )
     facts = outputs.facts
-    assert (facts["eos_token"], facts["eos_id"], facts["vocab_size"]) == ("</s>", 70_000, 70_001)
+    assert (facts.eos_token, facts.eos_id, facts.vocab_size) == ("</s>", 70_000, 70_001)
     train = TokenShards(output / "train")
     tokens = train.read(0, train.num_tokens)
     assert tokens[-1] == 70_000
@@ -289,7 +289,7 @@ def test_a_local_directory_is_a_hub_dataset(tmp_path, monkeypatch, streaming):
     source = {"kind": "hub", "dataset": str(folder), "streaming": streaming}
     outputs, output = tokenize(tmp_path / "all", source)
     assert sorted(decoded(output, "train") + decoded(output, "validation")) == sorted(texts)
-    assert outputs.facts["source"]["documents"] == 24
+    assert outputs.facts.source.documents == 24
     assert len(list((tmp_path / "all/scratch").rglob("text.parquet"))) == (3 if streaming else 1)
     _, output = tokenize(tmp_path / "some", {**source, "max_documents": 10})
     assert sorted(decoded(output, "train") + decoded(output, "validation")) == sorted(texts[:10])

@@ -301,7 +301,7 @@ def test_prompts_that_are_too_long_are_counted_and_said(
 ) -> None:
     with pytest.warns(UserWarning, match="piqa: 10 of 10 prompts were longer than 12 tokens"):
         outputs = run_tasks(three(files, max_length=12), checkpoint, tokenizer_json, context_in(tmp_path))
-    assert outputs.facts["tasks"]["piqa"]["truncated"] == 10
+    assert outputs.counts["piqa"]["truncated"] == 10
 
 
 def test_worked_examples_never_hold_the_question_itself(files: tuple[dict[str, str], list[str]]) -> None:
