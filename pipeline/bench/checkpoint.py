@@ -42,9 +42,8 @@ def main() -> None:
     whole: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         context = Context(Path(folder), Path(folder))
-        configs = {way: PretrainConfig(async_checkpoints=bool(asynchronous)) for way, asynchronous in ways.items()}
-        optimizer = build_optimizer(model, configs["none"])
-        savers = {way: CheckpointSaver(config, context) for way, config in configs.items()}
+        optimizer = build_optimizer(model, PretrainConfig())
+        savers = {way: CheckpointSaver(context, in_background=bool(background)) for way, background in ways.items()}
         for number in range(asked.rounds + 1):
             for way in ways:
                 started = time.perf_counter()

@@ -17,8 +17,7 @@ from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.shards import ShardWriter, write_documents
 from lazypipe.stages.facts import SourceFacts, SplitFacts, TokenizeFacts
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.optimizer import build_optimizer, set_learning_rate
-from lazypipe.stages.pretrain.schedule import learning_rate
+from lazypipe.stages.pretrain.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 
 def bare_loop(

@@ -8,13 +8,15 @@ re-sharded run asks for the same sample numbers and gets the same batches.
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.shards import TokenShards
+
+Windows = npt.NDArray[np.int64]  # [n, L + 1]: inputs [:, :-1] and targets [:, 1:] of n windows of L predictions
 
 _MASK_64 = 2**64 - 1
 # Four rounds make a Feistel network a pseudo-random permutation (Luby and Rackoff 1988); halves of one or two bits,
@@ -48,15 +50,40 @@ def permuted(index: int, count: int, seed: int, epoch: int) -> int:
             return value
 
 
-def training_batch(shards: TokenShards, seq_len: int, seed: int, first_sample: int, size: int) -> npt.NDArray[np.int64]:
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The batches of a training run by number, `size` windows of seq_len predictions each.
+
+    held_out: the windows of the validation split that the validation loss is measured on, in order (int64 [n]).
+    """
+
+    train: TokenShards
+    validation: TokenShards
+    held_out: npt.NDArray[np.int64]
+    seq_len: int
+    size: int
+    seed: int
+
+    def training(self, number: int) -> Windows:
+        """Micro-batch `number` of the run, counted through all steps: samples number * size and following."""
+        return training_batch(self.train, self.seq_len, self.seed, number * self.size, self.size)
+
+    def held_out_batch(self, number: int) -> Windows:
+        """Batch `number` of validation; the last one may be smaller."""
+        return read_windows(self.validation, self.seq_len, self.held_out[number * self.size : (number + 1) * self.size])
+
+    def held_out_sample(self, count: int) -> Windows:
+        """The first `count` windows of validation."""
+        return read_windows(self.validation, self.seq_len, self.held_out[:count])
+
+
+def training_batch(shards: TokenShards, seq_len: int, seed: int, first_sample: int, size: int) -> Windows:
     """Samples first_sample ... first_sample + size - 1, int64 [size, seq_len + 1]: inputs [:, :-1], targets [:, 1:]."""
-    started = time.perf_counter()
     windows = _require_windows(shards, seq_len)
     batch = np.empty((size, seq_len + 1), dtype=np.int64)
     for row in range(size):
         epoch, index = divmod(first_sample + row, windows)
         batch[row] = read_window(shards, seq_len, permuted(index, windows, seed, epoch))
-    shards.batch_seconds += time.perf_counter() - started
     return batch
 
 
@@ -81,7 +108,12 @@ def read_window(shards: TokenShards, seq_len: int, window: int) -> npt.NDArray[n
     return shards.read(int(window) * seq_len, seq_len + 1)
 
 
-def document_borders(windows: npt.NDArray[np.int64], eos_id: int) -> npt.NDArray[np.int32]:
+def read_windows(shards: TokenShards, seq_len: int, windows: npt.NDArray[np.int64]) -> Windows:
+    """The windows with these numbers, in this order."""
+    return np.stack([read_window(shards, seq_len, window) for window in windows])
+
+
+def document_borders(windows: Windows, eos_id: int) -> npt.NDArray[np.int32]:
     """cu_seqlens int32 [N + 1] of the documents in windows int64 [n, L + 1]: of their inputs [:, :-1], row after row.
 
     A document ends with its end-of-document token, or with the window: what goes on in the next window starts there as

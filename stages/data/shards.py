@@ -50,7 +50,6 @@ class TokenShards:
         if not paths:
             raise FileNotFoundError(f"{split_dir} holds no token shard (shard-*.arrow)")
         self.split_dir = split_dir
-        self.batch_seconds = 0.0  # spent making training batches of it, added up by stages/data/batches.py
         self._chunks: list[npt.NDArray[Any]] = [array for path in paths for array in _token_arrays(path)]
         # starts[i] = position of the first token of chunk i; one more entry at the end, the number of tokens.
         self._starts = np.concatenate([[0], np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)])

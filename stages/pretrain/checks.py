@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lazypipe.model.config import BASELINE_PACKAGE, BASELINES
+from lazypipe.model.config import BASELINE_PACKAGE, BASELINES, ModelConfig
 from lazypipe.stages.contract import UserError, Warn
 from lazypipe.stages.pretrain.config import PretrainConfig
 
@@ -72,13 +72,11 @@ def _uncompiled_mixers(config: PretrainConfig) -> list[str]:
     """Mechanisms that take packed documents apart in Python, which torch cannot compile inside a checkpoint."""
     if not config.document_masking or config.activation_checkpointing == "none":
         return []
-    return sorted(set(config.model.layer_mixers) - ({"mlp", "lazy"} if _has_lazy_kernel(config) else {"mlp"}))
+    return sorted(set(config.model.layer_mixers) - ({"mlp", "lazy"} if _has_lazy_kernel(config.model) else {"mlp"}))
 
 
-def check_compiler(config: PretrainConfig, device: torch.device) -> None:
-    """UserError where torch.compile is asked for and lacks what builds its code: C++ on a CPU, Triton's C on a GPU."""
-    if not config.compile:
-        return
+def check_compiler(device: torch.device) -> None:
+    """UserError where torch.compile lacks what builds its code: C++ on a CPU, Triton's C on a GPU."""
     variable, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
     asked = os.environ.get(variable)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -93,28 +91,27 @@ def check_compiler(config: PretrainConfig, device: torch.device) -> None:
     )
 
 
-def check_kernels(config: PretrainConfig, device: torch.device) -> Preflight | None:
+def check_kernels(model: ModelConfig, kernel: str, dtype: str, device: torch.device) -> Preflight | None:
     """The kernel preflight: what will train, and how far it is from the float64 reference.
 
     None where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
     """
-    if device.type != "cuda" or kernel_used(config) not in ("auto", "triton"):
+    if device.type != "cuda" or kernel_used(model, kernel) not in ("auto", "triton"):
         return None
     from lazypipe.kernels.gpu.preflight import preflight
 
-    model = config.model
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    return preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, dtype, device=device)
+    compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, compute, device=device)
 
 
-def kernel_used(config: PretrainConfig) -> str:
+def kernel_used(model: ModelConfig, kernel: str) -> str:
     """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (baselines), or torch."""
-    if _has_lazy_kernel(config):
-        return config.kernel
-    if config.model.mixer in BASELINES:
+    if _has_lazy_kernel(model):
+        return kernel
+    if model.mixer in BASELINES:
         return BASELINE_PACKAGE
-    return "sdpa" if config.model.mixer == "standard" else "torch"
+    return "sdpa" if model.mixer == "standard" else "torch"
 
 
-def _has_lazy_kernel(config: PretrainConfig) -> bool:
-    return config.model.mixer == "lazy" and config.model.lazy_threshold == "relative"
+def _has_lazy_kernel(model: ModelConfig) -> bool:
+    return model.mixer == "lazy" and model.lazy_threshold == "relative"

@@ -147,5 +147,10 @@ class PretrainConfig(StageConfig):
         return learned and self.tau_bias_lr_multiplier != 1
 
     @property
+    def balances_sinks(self) -> bool:
+        """Whether the head-balance loss of `sink` is part of the objective."""
+        return self.sink_balance > 0 and self.model.mixer == "sink"
+
+    @property
     def micro_batches_per_step(self) -> int:
         return self.tokens_per_step // (self.micro_batch_size * self.seq_len)

@@ -6,46 +6,41 @@ any device; on CUDA torch's own operations (embedding gradients, cuBLAS with sev
 may differ from run to run unless they are told not to.
 """
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
 import torch
 
 from lazypipe.model.config import BASELINES
-from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
-from lazypipe.stages.facts import PretrainFacts
-from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.contract import UserError, Warn
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_SETTINGS = (":4096:8", ":16:8")  # those with which cuBLAS promises to repeat itself
 
-Run = Callable[[PretrainConfig, Mapping[str, Artifact], Context], Outputs[PretrainFacts]]
 
+@contextmanager
+def deterministic(asked: bool, mixer: str, warn: Warn) -> Iterator[None]:
+    """Inside, torch raises where an operation cannot repeat itself; nothing happens unless `asked`.
 
-def deterministic_if_asked(run: Run) -> Run:
-    """The stage's `run`, inside `determinism` when its config says deterministic."""
-
-    @functools.wraps(run)
-    def wrapped(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[PretrainFacts]:
-        if not config.deterministic:
-            return run(config, inputs, context)
-        if torch.cuda.is_available():
-            prepare_cublas(os.environ, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-        if config.model.mixer in BASELINES:
-            context.warn(
-                f"deterministic=true: whether the kernels of mixer={config.model.mixer} repeat themselves is up to "
-                "flash-linear-attention"
-            )
-        with determinism():
-            return run(config, inputs, context)
-
-    return wrapped
+    UserError where cuBLAS can no longer be set up for it; a warning for a baseline, whose kernels are not ours.
+    """
+    if not asked:
+        yield
+        return
+    if torch.cuda.is_available():
+        prepare_cublas(os.environ, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    if mixer in BASELINES:
+        warn(
+            f"deterministic=true: whether the kernels of mixer={mixer} repeat themselves is up to "
+            "flash-linear-attention"
+        )
+    with _deterministic_algorithms():
+        yield
 
 
 @contextmanager
-def determinism() -> Iterator[None]:
+def _deterministic_algorithms() -> Iterator[None]:
     """torch raises where an operation cannot repeat itself; the settings are put back afterwards."""
     algorithms, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -64,11 +59,11 @@ def determinism() -> Iterator[None]:
 
 def prepare_cublas(environment: MutableMapping[str, str], initialized: bool) -> None:
     """Give cuBLAS the workspace with which it repeats itself; UserError when it is too late or set to another."""
-    found = environment.get(CUBLAS)
-    if found in CUBLAS_SETTINGS:
+    value = environment.get(CUBLAS)
+    if value in CUBLAS_SETTINGS:
         return
-    if found is not None or initialized:
-        state = f"is {found!r}" if found is not None else "is not set, and this process uses CUDA already"
+    if value is not None or initialized:
+        state = f"is {value!r}" if value is not None else "is not set, and this process uses CUDA already"
         raise UserError(
             f"deterministic=true: {CUBLAS} {state}; start with {CUBLAS}=:4096:8 in the environment, or set "
             "deterministic: false"

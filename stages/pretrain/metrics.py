@@ -1,124 +1,110 @@
-"""What training logs of a step, and what the machine has to do with it: speed, memory, the share of the GPU's peak."""
+"""What training logs: of a step, of attention layer by layer, and of the whole run."""
 
-import contextlib
-import resource
-import sys
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from lazypipe.model.config import BASELINES
-from lazypipe.model.costs import training_flops_per_token
-from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.gpus import Precision, peak_flops
+from lazypipe.model.config import BASELINES, ModelConfig
+from lazypipe.model.mixers.lazy import LazyAttention
+from lazypipe.model.transformer import Transformer
+from lazypipe.stages.data.batches import document_borders
+from lazypipe.stages.pretrain.hardware import Machine, peak_memory_gb
 
-UNKNOWN = "unknown"
+# Sparsity and sink are measured on this many validation windows at validations and at every tenth logged step.
+# Fixed windows make the curve smooth.
+SAMPLE_WINDOWS = 2
+SAMPLE_EVERY = 10
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the speed of a run is measured against, the same for all of its steps.
+@dataclass(kw_only=True)
+class StepMetrics:
+    """What is measured of one optimizer step, the columns of tables/history. Losses in nats; None: not measured.
 
-    gpu              name of the GPU; None on a CPU
-    workers          data-parallel workers, a GPU each
-    flops_per_token  of the model, forward and backward (model/costs.py)
-    peak_flops       dense FLOP/s of one GPU at the precision of the matrix products; None when it is not known
+    loss               cross-entropy, mean over the predictions of the step
+    lr                 learning rate; lr_tau_bias that of tau and the distance bias, where it is another one
+    grad_norm          Euclidean norm of all gradients, before clipping
+    validation_loss    mean over the validation windows
+    sink_balance_loss  head balance of `sink`, times its weight; z_loss likewise
+    step_seconds       duration of the step; data_wait is the share of it spent on making batches
+    peak_memory_gb     highest memory of this worker so far, 10^9 bytes
+    mfu                model FLOP utilisation, where the peak of the GPU is known
     """
 
-    gpu: str | None
-    workers: int
-    flops_per_token: float
-    peak_flops: float | None
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    validation_loss: float | None = None
+    lr_tau_bias: float | None = None
+    sink_balance_loss: float | None = None
+    z_loss: float | None = None
+    step_seconds: float
+    data_wait: float
+    peak_memory_gb: float | None = None
+    mfu: float | None = None
 
-    def utilisation(self, tokens_per_s: float) -> float | None:
-        """Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B): useful operations / peak of all GPUs."""
-        if self.peak_flops is None:
-            return None
-        return self.flops_per_token * tokens_per_s / (self.peak_flops * self.workers)
-
-
-def machine(config: PretrainConfig, vocab_size: int, device: torch.device, workers: int) -> Machine:
-    """The machine under a run, and its memory counter set back to now."""
-    flops = training_flops_per_token(config.model, vocab_size, config.seq_len, config.micro_batch_size)
-    if device.type != "cuda":
-        with contextlib.suppress(OSError):  # "5" sets VmHWM back: a reused worker process had other stages before
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return Machine(None, workers, flops, None)
-    torch.cuda.reset_peak_memory_stats(device)
-    name = torch.cuda.get_device_name(device)
-    # A baseline's own operations are not counted: model/costs.py knows the standard model it is matched to.
-    peak = None if config.model.mixer in BASELINES else peak_flops(name, matrix_precision(config))
-    return Machine(name, workers, flops, peak)
+    def row(self) -> dict[str, float | None]:
+        """The columns by name; null what is not finite or, of a run that has the column, not measured at this step."""
+        optional = {"lr_tau_bias", "sink_balance_loss", "z_loss", "mfu"}
+        columns = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in columns.items()}
 
 
-def matrix_precision(config: PretrainConfig) -> Precision:
-    """What CUDA multiplies matrices in: float32 ones only on tensor cores (as TF32) when torch was told so."""
-    if config.dtype == "bfloat16":
-        return "bfloat16"
-    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory of this worker so far, in 10^9 bytes: of torch's tensors on CUDA, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9  # a counter on the host: nothing is waited for
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0]) / 1e9
-    except (OSError, IndexError, ValueError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
-def step_numbers(
-    config: PretrainConfig,
-    loss: float,
-    balance: float,
-    log_z_squared: float,
-    lr: float,
-    grad_norm: float,
-    seconds: float,
-    validation_loss: float | None,
-) -> dict[str, float | None]:
-    """The columns of tables/history, by name; null where not measured. Losses in nats, seconds of the step.
-
-    balance, log_z_squared: the head balance of `sink` and the z-loss, before their weights.
+def run_metrics(machine: Machine, tokens: int, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
+    """Final metrics of a run of `tokens` tokens in `seconds`, `waited` of them for batches; without validation and
+    checkpoints.
     """
-    numbers: dict[str, float | None] = {
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "tokens_per_s": config.tokens_per_step / seconds,
-        "validation_loss": validation_loss,
-    }
-    if config.tau_bias_apart:
-        numbers["lr_tau_bias"] = config.tau_bias_lr_multiplier * lr
-    if config.sink_balance and config.model.mixer == "sink":
-        numbers["sink_balance_loss"] = config.sink_balance * balance
-    if config.z_loss:
-        numbers["z_loss"] = config.z_loss * log_z_squared
-    return numbers
-
-
-def speed_numbers(
-    config: PretrainConfig, under: Machine, seconds: float, waited: float, device: torch.device
-) -> dict[str, float | None]:
-    """Columns of tables/history beside `step_numbers`, of one step of `seconds` of which `waited` went into batches.
-
-    step_seconds; data_wait, the share of the step spent making batches; peak_memory_gb; mfu where the peak is known.
-    """
-    numbers: dict[str, float | None] = {
-        "step_seconds": seconds,
+    metrics = {
+        "tokens_per_s": tokens / seconds,
+        "train_seconds": seconds,
         "data_wait": waited / seconds,
         "peak_memory_gb": peak_memory_gb(device),
     }
-    mfu = under.utilisation(config.tokens_per_step / seconds)
-    return numbers if mfu is None else numbers | {"mfu": mfu}
+    mfu = machine.utilisation(tokens / seconds)
+    return metrics if mfu is None else metrics | {"mfu": mfu}
 
 
-def run_numbers(under: Machine, tokens: int, seconds: float, waited: float, device: torch.device) -> dict[str, float]:
-    """The same over a whole run of `tokens` tokens, validation and checkpoints left out: final metrics."""
-    numbers = {"data_wait": waited / seconds, "peak_memory_gb": peak_memory_gb(device)}
-    mfu = under.utilisation(tokens / seconds)
-    return numbers if mfu is None else numbers | {"mfu": mfu}
+def thresholds_by_layer(model: Transformer) -> dict[str, float]:
+    """tau/layer_<i>, mean over heads, of the layers of Lazy Attention that have thresholds."""
+    return {
+        f"tau/layer_{index}": layer.mixer.tau.mean().item()
+        for index, layer in enumerate(model.layers)
+        if isinstance(layer.mixer, LazyAttention) and layer.mixer.tau is not None
+    }
+
+
+def attention_by_layer(model: Transformer, windows: npt.NDArray[np.int64], eos_id: int | None) -> dict[str, float]:
+    """sparsity/layer_<i>, the share of exactly-zero weights (of mechanisms that can have zeros), and sink/layer_<i>,
+    the mean weight on the first key a query sees, on windows int64 [n, L + 1].
+
+    eos_id: with it attention stays within documents. {} of a baseline, which has no weights.
+    """
+    if model.config.mixer in BASELINES:
+        return {}
+    tokens = torch.from_numpy(windows[:, :-1]).to(model.embedding.weight.device)
+    if eos_id is None:
+        statistics = model.statistics_by_layer(tokens)
+    else:
+        borders = torch.from_numpy(document_borders(windows, eos_id))
+        statistics = model.statistics_by_layer(tokens.reshape(1, -1), borders)
+    return {
+        f"{name}/layer_{index}": value
+        for name, values in zip(("sparsity", "sink"), zip(*statistics, strict=True), strict=True)
+        for index, value in enumerate(values)
+        if value is not None
+    }
+
+
+def means_over_layers(by_layer: dict[str, float], model: ModelConfig) -> dict[str, float | None]:
+    """Columns of the history table, null where not measured: sink, and of a lazy model tau_mean and sparsity."""
+    columns = [] if model.mixer in BASELINES else [("sink", "sink/")]
+    if model.mixer == "lazy" and model.lazy_elastic:
+        columns += [("tau_mean", "tau/"), ("sparsity", "sparsity/")]
+    means: dict[str, float | None] = {}
+    for column, prefix in columns:
+        values = [value for name, value in by_layer.items() if name.startswith(prefix)]
+        means[column] = sum(values) / len(values) if values else None
+    return means

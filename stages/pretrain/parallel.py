@@ -9,7 +9,7 @@ which is what autocast would cast them to, and reduce gradients in float32; resi
 float32. Sharding therefore changes the order of sums and nothing else, and with reduction=ordered not even that.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Context
-from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.dtensors import whole
 from lazypipe.stages.pretrain.optimizer import split_parameters
 from lazypipe.stages.pretrain.ordered_sum import OrderedReduceScatter
 
@@ -35,22 +33,28 @@ def check_process_group(context: Context) -> None:
         )
 
 
-def place_model(model: Transformer, config: PretrainConfig, device: torch.device, world_size: int) -> Transformer:
-    """`model` on `device`, its matrices sharded over all workers where config.parallel says so.
+def place_model(
+    model: Transformer, device: torch.device, world_size: int, *, parallel: str, dtype: str, ordered: bool
+) -> Transformer:
+    """`model` on `device`; with parallel "fsdp" its matrices are sharded over all workers, see `shard_model`.
 
     A sharded model computes through its own call, `hidden` and `statistics_by_layer`; all workers must make every such
     call, with or without a batch of their own.
     """
-    if config.parallel == "fsdp" and world_size > 1:
-        shard_model(model, config, device, world_size)
+    if parallel == "fsdp" and world_size > 1:
+        shard_model(model, device, world_size, dtype=dtype, ordered=ordered)
     return model.to(device)
 
 
-def shard_model(model: Transformer, config: PretrainConfig, device: torch.device, world_size: int) -> None:
-    """`fully_shard` (FSDP2) each block and the rest, over the default process group of `world_size` workers."""
+def shard_model(model: Transformer, device: torch.device, world_size: int, *, dtype: str, ordered: bool) -> None:
+    """`fully_shard` (FSDP2) each block and the rest, over the default process group of `world_size` workers.
+
+    dtype: "float32" or "bfloat16", in which the matrices of the blocks are sent. ordered: gradients are summed in the
+    order of the micro-batches (ordered_sum.py).
+    """
     mesh = init_device_mesh(device.type, (world_size,))
     small = set(split_parameters(model)[1].values())
-    low = torch.bfloat16 if config.dtype == "bfloat16" else None
+    low = torch.bfloat16 if dtype == "bfloat16" else None
     # Autocast casts activations where they need it; FSDP casting the input of a block would round the residual stream.
     blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -65,7 +69,7 @@ def shard_model(model: Transformer, config: PretrainConfig, device: torch.device
         # Losses are divided by the micro-batches of the whole step already.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        if config.reduction == "ordered":
+        if ordered:
             reduction = OrderedReduceScatter()
             module.set_custom_reduce_scatter(reduction)
             # Where `ordered_reductions` finds it.
@@ -103,17 +107,17 @@ def ordered_reductions(model: nn.Module) -> list[OrderedReduceScatter]:
     return [reduction for reduction in found if reduction is not None]
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], config: PretrainConfig) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], ordered: bool) -> Tensor:
     """Euclidean norm [] of all gradients together, over all shards.
 
-    With reduction=ordered from whole gradients, tensor by tensor, as one process takes it; else each worker adds up the
+    ordered: from whole gradients, tensor by tensor, as one process takes it; else each worker adds up the
     squares of its shards.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if not sharded:
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if config.reduction == "ordered":
+    if ordered:
         norms = torch.stack([torch.linalg.vector_norm(whole(gradient)) for gradient in gradients])
         total: Tensor = torch.linalg.vector_norm(norms)
         return total
@@ -136,3 +140,21 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
         if parameter.grad is not None:
             gradient = parameter.grad
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every worker; all workers must call it. Any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """`tensors` on the CPU with the shards of all workers put together, one after the other; {} unless `keep`.
+
+    All workers must call it; usually only the first keeps the result.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor.detach())
+        if keep:
+            gathered[name] = together.cpu().contiguous()
+    return gathered

@@ -13,9 +13,12 @@ With more than one worker the caller has initialised torch.distributed's default
 scratch_dir.
 """
 
-import math
-import time
+from __future__ import annotations
+
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,161 +26,152 @@ import torch
 
 from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
-from lazypipe.model.transformer import count_parameters
+from lazypipe.model.transformer import Transformer, count_parameters
 from lazypipe.stages.baselines import refuse_baseline
-from lazypipe.stages.contract import METRICS_FILE, Artifact, Context, DivergedError, Interrupted, Outputs, UserError
-from lazypipe.stages.data.batches import training_batch, validation_windows
+from lazypipe.stages.contract import METRICS_FILE, Artifact, Context, Outputs, UserError
+from lazypipe.stages.data.batches import Batches, validation_windows
 from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.facts import PretrainFacts, TokenizeFacts
+from lazypipe.stages.facts import Attempt, PretrainFacts, TokenizeFacts
 from lazypipe.stages.pretrain.attempts import begin_attempt
 from lazypipe.stages.pretrain.checkpoint.saver import CheckpointSaver
 from lazypipe.stages.pretrain.checkpoint.state import last_logged_step, run_identity
 from lazypipe.stages.pretrain.checks import check_compiler, check_kernels, kernel_used, warn_of_settings
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.determinism import deterministic_if_asked
-from lazypipe.stages.pretrain.dtensors import whole_tensors
-from lazypipe.stages.pretrain.gradients import accumulate_gradients, sum_over_workers
-from lazypipe.stages.pretrain.layer_metrics import attention_numbers, summary
-from lazypipe.stages.pretrain.loss import mean_loss
-from lazypipe.stages.pretrain.metrics import UNKNOWN, machine, run_numbers, speed_numbers, step_numbers
-from lazypipe.stages.pretrain.optimizer import build_optimizer, set_learning_rate
-from lazypipe.stages.pretrain.parallel import (
-    check_process_group,
-    clip_gradients,
-    gradient_norm,
-    is_sharded,
-    place_model,
-)
-from lazypipe.stages.pretrain.schedule import learning_rate
-from lazypipe.stages.pretrain.skipping import diverged, divergence, reason_to_skip, record
+from lazypipe.stages.pretrain.determinism import deterministic
+from lazypipe.stages.pretrain.hardware import UNKNOWN, machine_of
+from lazypipe.stages.pretrain.metrics import run_metrics
+from lazypipe.stages.pretrain.optimizer import build_optimizer
+from lazypipe.stages.pretrain.parallel import check_process_group, is_sharded, place_model, whole_tensors
+from lazypipe.stages.pretrain.trainer import Trainer
+
+if TYPE_CHECKING:  # imports triton
+    from lazypipe.kernels.gpu.preflight import Preflight
 
 
-@deterministic_if_asked
-def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[PretrainFacts]:
+def run(
+    config: PretrainConfig,
+    inputs: Mapping[str, Artifact],
+    context: Context,
+    trainer_type: type[Trainer] = Trainer,
+) -> Outputs[PretrainFacts]:
     """Train `config.model` on the tokenized corpus; see stages/contract.py for `context`.
 
-    Writes checkpoint/ and tables/history, and logs losses, gradient norm, speed and memory (stages/pretrain/metrics.py)
-    and by layer tau, sparsity and sink (stages/pretrain/layer_metrics.py). Refuses a corpus without a window of seq_len
-    tokens and a resume checkpoint of another config. Raises Interrupted, with its state saved, when asked to stop;
-    DivergedError when training diverges.
+    Writes checkpoint/ and tables/history, and logs losses, gradient norm, speed and memory, and by layer tau, sparsity
+    and sink (stages/pretrain/metrics.py). Refuses a corpus without a window of seq_len tokens and a resume checkpoint
+    of another config. Raises Interrupted, with its state saved, when asked to stop; DivergedError when training
+    diverges.
     """
-    with CheckpointSaver(config, context) as saver:
-        return train_with(saver, config, inputs, context)
-
-
-def train_with(
-    saver: CheckpointSaver, config: PretrainConfig, inputs: Mapping[str, Artifact], context: Context
-) -> Outputs[PretrainFacts]:
-    """The body of `run`."""
     corpus = inputs["tokenize"]
-    corpus_facts = TokenizeFacts.read(corpus.manifest)
-    train, validation = TokenShards(corpus.path / "train"), TokenShards(corpus.path / "validation")
-    held_out = validation_windows(validation, config.seq_len, config.validation_windows)
-    side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
-    training_batch(train, config.seq_len, config.seed, 0, 1)  # refuses a corpus too small before any compute
-    warn_of_settings(config, context.world_size, context.warn)
+    tokenized = TokenizeFacts.read(corpus.manifest)
+    with (
+        deterministic(config.deterministic, config.model.mixer, context.warn),
+        CheckpointSaver(
+            context,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_checkpoint_every,
+            in_background=config.async_checkpoints,
+        ) as saver,
+    ):
+        batches = open_batches(config, corpus.path)
+        warn_of_settings(config, context.world_size, context.warn)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_baseline(config.model, device)
+        if config.compile:
+            check_compiler(device)
+        # A kernel that is wrong on this GPU must not train for a month.
+        checked = check_kernels(config.model, config.kernel, config.dtype, device)
+        check_process_group(context)
+        model = model_to_train(config, tokenized.vocab_size, batches.train, device, context.world_size)
+        optimizer = build_optimizer(model, config)
+        identity = run_identity(config, corpus)
+        state = saver.resume(model, optimizer, identity)
+        resumed_from = state.step
+        attempts = begin_attempt(context, resumed_from)
+        trainer = trainer_type(
+            config=config,
+            context=context,
+            device=device,
+            model=model,
+            optimizer=optimizer,
+            state=state,
+            batches=batches,
+            machine=machine_of(
+                config.model,
+                tokenized.vocab_size,
+                seq_len=config.seq_len,
+                micro_batch_size=config.micro_batch_size,
+                dtype=config.dtype,
+                device=device,
+                workers=context.world_size,
+            ),
+            save=partial(saver.save, model, optimizer, state, identity),
+            eos_id=tokenized.eos_id if config.document_masking else None,
+            already_logged=last_logged_step(context.output_dir / METRICS_FILE) if context.rank == 0 else 0,
+        )
+        validation_loss = trainer.train()
+        write_outputs(trainer, tokenized.eos_id, corpus.path)
+    return outputs_of(trainer, validation_loss, resumed_from, attempts, checked)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refuse_baseline(config.model, device)
-    check_compiler(config, device)
-    checked = check_kernels(config, device)  # a kernel that is wrong on this GPU must not train for a month
-    model = build_model(config.model, corpus_facts.vocab_size, config.seed, config.kernel)
+
+def open_batches(config: PretrainConfig, corpus: Path) -> Batches:
+    """The batches of a tokenized corpus; UserError when a split has no window of seq_len predictions."""
+    train, validation = TokenShards(corpus / "train"), TokenShards(corpus / "validation")
+    batches = Batches(
+        train=train,
+        validation=validation,
+        held_out=validation_windows(validation, config.seq_len, config.validation_windows),
+        seq_len=config.seq_len,
+        size=config.micro_batch_size,
+        seed=config.seed,
+    )
+    batches.training(0)  # refuses a corpus too small before any compute
+    return batches
+
+
+def model_to_train(
+    config: PretrainConfig, vocab_size: int, train: TokenShards, device: torch.device, world_size: int
+) -> Transformer:
+    """The model of `config`, initialised, on `device`, sharded and compiled as the config says."""
+    side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
+    model = build_model(config.model, vocab_size, config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))
     if config.compile:
         torch.compiler.reset()  # what a model before this one in the same process left counts towards torch's limit
     model.prepare_training(config.activation_checkpointing, "inductor" if config.compile else None)
-    check_process_group(context)
-    model = place_model(model, config, device, context.world_size)
-    optimizer = build_optimizer(model, config)
-    identity = run_identity(config, corpus)
-    state = saver.resume(model, optimizer, identity)
-    resumed_from = state.step
-    attempts = begin_attempt(context, resumed_from)
-    already_logged = last_logged_step(context.output_dir / METRICS_FILE) if context.rank == 0 else 0
-    parameters = list(model.parameters())
-    eos_id = corpus_facts.eos_id if config.document_masking else None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    under = machine(config, corpus_facts.vocab_size, device, context.world_size)
+    ordered = config.reduction == "ordered"
+    return place_model(model, device, world_size, parallel=config.parallel, dtype=config.dtype, ordered=ordered)
 
-    validation_loss: float | None = None  # of the last step; none when that one was where a run gave up
-    while state.step < config.steps:
-        started, waited_before = time.perf_counter(), train.batch_seconds
-        lr = learning_rate(state.step, config)
-        set_learning_rate(optimizer, lr)
-        with autocast:
-            losses = accumulate_gradients(model, config, train, state.step, context, eos_id)
-        stop = sum_over_workers(parameters, losses, config, context)
-        norm = gradient_norm(parameters, config)
-        (loss_value, balance, log_z), norm_value = losses.tolist(), norm.item()
-        reason = reason_to_skip(state, config, loss_value, norm_value)
-        if reason is None:
-            clip_gradients(parameters, config.grad_clip, norm)
-            optimizer.step()
-        optimizer.zero_grad()
-        state.step += 1
-        seconds = time.perf_counter() - started
-        state.train_seconds += seconds
-        waited = train.batch_seconds - waited_before
-        state.wait_seconds += waited
-        if reason is not None:
-            context.warn(f"skipped: {reason}", state.step)
-        record(state, config, reason, loss_value, norm_value)
-        gave_up = diverged(state, config)
 
-        last = state.step == config.steps
-        validate = last or state.step % config.validate_every == 0
-        validation_loss = None
-        if validate:
-            with autocast:
-                validation_loss = mean_loss(model, config, validation, held_out, context, eos_id)
-        if validate or state.step % config.log_every == 0:
-            numbers = step_numbers(config, loss_value, balance, log_z, lr, norm_value, seconds, validation_loss)
-            numbers |= speed_numbers(config, under, seconds, waited, device)
-            with autocast:
-                by_layer = attention_numbers(model, config, validation, held_out, validate, state.step, eos_id)
-            measured = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
-            columns = {name: measured.get(name) for name in numbers} | summary(by_layer, config)
-            state.history.append({"step": state.step, **columns})
-            if state.step > already_logged:
-                context.log_metrics(state.step, measured | by_layer)
-        context.progress(
-            state.step,
-            config.steps,
-            "steps",
-            loss=loss_value,
-            tokens_per_s=config.tokens_per_step / seconds,
-            eta_s=(config.steps - state.step) * state.train_seconds / state.step,
-        )
-        if gave_up:
-            message = divergence(state, loss_value, norm_value, lr, context.scratch_dir / "checkpoints")
-            try:
-                saver.save(model, optimizer, state, identity, final=True)
-            except OSError as error:
-                raise DivergedError(f"{message} (but of this step: {error})") from error
-            raise DivergedError(message)
-        if not last and (stop or state.step % config.checkpoint_every == 0):
-            saver.save(model, optimizer, state, identity, final=stop)
-            if stop:
-                raise Interrupted(f"pretraining stopped at step {state.step} of {config.steps}; its state is saved")
+def write_outputs(trainer: Trainer, eos_id: int, corpus: Path) -> None:
+    """The trained model and the history of its steps; all workers call it, worker 0 writes."""
+    context = trainer.context
+    weights = whole_tensors(trainer.model.state_dict(), keep=context.rank == 0)
+    if context.rank != 0:
+        return
+    tokenizer = corpus / "tokenizer" / "tokenizer.json"
+    save_checkpoint(context.output_dir / "checkpoint", trainer.model, eos_id, tokenizer, weights)
+    context.log_table("history", trainer.state.history)
+    context.flush_metrics()
 
-    if validation_loss is None or not math.isfinite(validation_loss) or state.loss is None:
-        raise RuntimeError(f"after {config.steps} steps the validation loss is {validation_loss}; lower lr={config.lr}")
-    weights = whole_tensors(model.state_dict(), keep=context.rank == 0)
-    if context.rank == 0:
-        tokenizer = corpus.path / "tokenizer" / "tokenizer.json"
-        save_checkpoint(context.output_dir / "checkpoint", model, corpus_facts.eos_id, tokenizer, weights)
-        context.log_table("history", state.history)
-        context.flush_metrics()
-    total, non_embedding = count_parameters(model)
+
+def outputs_of(
+    trainer: Trainer,
+    validation_loss: float,
+    resumed_from: int,
+    attempts: list[Attempt],
+    checked: Preflight | None,
+) -> Outputs[PretrainFacts]:
+    """Final metrics and facts of a run that went on from step `resumed_from`; checked: its kernels (`check_kernels`)."""
+    config, state, machine = trainer.config, trainer.state, trainer.machine
+    assert state.loss is not None
+    total, non_embedding = count_parameters(trainer.model)
     tokens = config.steps * config.tokens_per_step
     return Outputs(
         metrics={
             "loss": state.loss,
             "validation_loss": validation_loss,
-            "tokens_per_s": tokens / state.train_seconds,
-            "train_seconds": state.train_seconds,
-            **run_numbers(under, tokens, state.train_seconds, state.wait_seconds, device),
+            **run_metrics(machine, tokens, state.train_seconds, state.wait_seconds, trainer.device),
         },
         facts=PretrainFacts(
             parameters=total,
@@ -192,14 +186,14 @@ def train_with(
             nonfinite_steps=state.nonfinite_steps,
             spikes_skipped=state.spikes_skipped,
             threads=torch.get_num_threads(),
-            device=device.type,
-            kernel=kernel_used(config),
-            world_size=context.world_size,
-            parallel="fsdp" if is_sharded(model) else "replicate",
+            device=trainer.device.type,
+            kernel=kernel_used(config.model, config.kernel),
+            world_size=trainer.context.world_size,
+            parallel="fsdp" if is_sharded(trainer.model) else "replicate",
             reduction=config.reduction,
-            gpu=under.gpu or "none",
-            flops_per_token=under.flops_per_token,
-            peak_flops=UNKNOWN if under.peak_flops is None else under.peak_flops,
+            gpu=machine.gpu or "none",
+            flops_per_token=machine.flops_per_token,
+            peak_flops=UNKNOWN if machine.peak_flops is None else machine.peak_flops,
             preflight=None if checked is None else checked.description,
             preflight_errors=None if checked is None else checked.errors,
             preflight_bound=None if checked is None else checked.bound,

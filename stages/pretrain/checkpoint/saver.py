@@ -43,7 +43,6 @@ from lazypipe.stages.pretrain.checkpoint.state import (
     take_snapshot,
     write_resume_checkpoint,
 )
-from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.parallel import check_process_group
 
 Result = TypeVar("Result")
@@ -52,11 +51,17 @@ Result = TypeVar("Result")
 class CheckpointSaver:
     """The resume checkpoints of one run. Every method is called by all workers, in the same order.
 
+    keep: resume checkpoints kept, the newest. keep_every: those of steps that it divides are kept as well.
+    in_background: save from a copy of the state in host memory, while training goes on.
+
     Leaving it as a context manager waits for a save under way.
     """
 
-    def __init__(self, config: PretrainConfig, context: Context) -> None:
-        self.config, self.context = config, context
+    def __init__(
+        self, context: Context, *, keep: int = 2, keep_every: int | None = None, in_background: bool = True
+    ) -> None:
+        self.context = context
+        self.keep, self.keep_every, self.in_background = keep, keep_every, in_background
         self.folder = context.scratch_dir / "checkpoints"
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: tuple[int, Future[None]] | None = None
@@ -110,7 +115,7 @@ class CheckpointSaver:
         identity: Mapping[str, Any],
         final: bool = False,
     ) -> None:
-        """Commit a checkpoint of `state`, in the background if the config says so, after the one under way.
+        """Commit a checkpoint of `state`, in the background if so asked, after the one under way.
 
         A disk that takes no more is a warning, and the checkpoints before stay, unless `final`, the last save before
         training is left: then it is OSError, and nothing is under way on return. Any other error is raised, of a save
@@ -131,7 +136,7 @@ class CheckpointSaver:
                     f"the state at step {state.step} cannot be saved below {self.folder}: {error}; make room and run "
                     "again, from the checkpoint before"
                 ) from error
-        elif self.config.async_checkpoints:
+        elif self.in_background:
             copied = replace(snapshot, tensors=self._copy(snapshot.tensors))
             self._under_way = (state.step, self._executor.submit(self._commit, copied, unlogged))
         else:
@@ -191,7 +196,7 @@ class CheckpointSaver:
     def _close(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
         directory = partial_checkpoint(self.folder, step)
         committed = commit_checkpoint(directory, step, files, world_size=self.context.world_size)
-        prune_checkpoints(committed, self.config.keep_checkpoints, self.config.keep_checkpoint_every)
+        prune_checkpoints(committed, self.keep, self.keep_every)
 
     def _together(self, action: Callable[[], Result]) -> list[Result]:
         """What `action` returned on each worker; if it failed on one it fails on all: with UserError if only that was

@@ -43,7 +43,7 @@ RUN_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunState:
     """Where a run stands. step: optimizer steps done. history: the rows of tables/history."""
 

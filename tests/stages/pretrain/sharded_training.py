@@ -55,7 +55,7 @@ def save_and_resume(directory: Path, rank: int, world_size: int, expected: Path 
     rendezvous = directory / f"rendezvous-{world_size}-{expected is not None}"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     config = tiny_run("lazy")
-    with CheckpointSaver(config, context_in(directory, rank, world_size)) as saver:
+    with CheckpointSaver(context_in(directory, rank, world_size)) as saver:
         model, optimizer = built(config, sharded=True, seed=0 if expected is None else 5)
         state = saver.resume(model, optimizer, IDENTITY)
         if expected is None:

@@ -27,7 +27,7 @@ def losses_of(directory: Path) -> list[float]:
 @pytest.fixture
 def compiler() -> None:
     try:
-        check_compiler(tiny_run("standard", compile=True), CPU)
+        check_compiler(CPU)
     except UserError as missing:
         pytest.skip(str(missing))
 
@@ -103,12 +103,11 @@ def test_two_workers_compile_what_one_does(
 def test_a_missing_compiler_is_named(device: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "no-such-compiler")
     with pytest.raises(UserError, match=f"the compiler {variable}=no-such-compiler is missing; install it, or .*false"):
-        check_compiler(tiny_run("standard", compile=True), torch.device(device))
+        check_compiler(torch.device(device))
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"a compiler, g(\+\+|cc or clang), is missing"):
-        check_compiler(tiny_run("standard", compile=True), torch.device(device))
-    check_compiler(tiny_run("standard"), torch.device(device))
+        check_compiler(torch.device(device))
 
 
 def test_a_missing_compiler_is_refused_before_there_is_a_model(

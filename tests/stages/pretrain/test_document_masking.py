@@ -19,10 +19,9 @@ from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.gradients import accumulate_gradients
 from tests.model.tiny_model import with_side_text
 from tests.stages.pretrain.test_mechanisms import learns_and_resumes
-from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run
+from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +70,7 @@ def test_gradients_are_those_of_a_loop_over_documents(corpus: Artifact, tmp_path
     vocab_size = TokenizeFacts.read(corpus.manifest).vocab_size
     model, other = (with_side_text(Transformer(config.model, vocab_size)) for _ in range(2))
     context = context_in(tmp_path)
-    loss, *_ = accumulate_gradients(model, config, shards, 1, context, eos_id)
+    loss, *_ = toy_trainer(config, model, corpus, context, 1, eos_id=eos_id).accumulate_gradients()
     windows = training_batch(shards, config.seq_len, config.seed, FIRST_SAMPLE, 8)
     stretches = documents_of(windows, eos_id)
     assert len(stretches) > 16 and min(len(one) for one in stretches) == 2
@@ -84,7 +83,7 @@ def test_gradients_are_those_of_a_loop_over_documents(corpus: Artifact, tmp_path
         # A weight at Lazy's threshold may fall on either side of it by another order of summation.
         assert (one.grad - two.grad).norm() <= (1e-2 if mixer == "lazy" else 1e-4) * two.grad.norm(), name
     if mixer != "mlp":
-        crossing, *_ = accumulate_gradients(other, config, shards, 1, context, None)
+        crossing, *_ = toy_trainer(config, other, corpus, context, 1).accumulate_gradients()
         assert crossing.item() != pytest.approx(loss.item(), rel=1e-6)
 
 

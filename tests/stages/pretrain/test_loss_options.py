@@ -12,8 +12,7 @@ from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
-from lazypipe.stages.pretrain.gradients import accumulate_gradients
-from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run
+from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run, toy_trainer
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
@@ -24,7 +23,7 @@ def test_z_loss_is_in_the_gradient_and_apart_in_the_numbers(
     config = tiny_run("standard", z_loss=0.05, loss_chunk_tokens=chunk, steps=1, warmup_steps=0)
     shards = TokenShards(corpus.path / "train")
     model, other = (Transformer(config.model, TokenizeFacts.read(corpus.manifest).vocab_size) for _ in range(2))
-    found = accumulate_gradients(model, config, shards, 0, context_in(tmp_path), None)
+    found = toy_trainer(config, model, corpus, context_in(tmp_path)).accumulate_gradients()
     other.double()
     expected = torch.zeros(2, dtype=torch.float64)
     for first in (0, 4):

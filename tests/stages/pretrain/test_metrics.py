@@ -13,9 +13,7 @@ from lazypipe.model.config import ModelConfig
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.pretrain import stage as pretrain
-from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.gpus import PEAKS, peak_flops
-from lazypipe.stages.pretrain.metrics import Machine, machine, matrix_precision, peak_memory_gb
+from lazypipe.stages.pretrain.hardware import PEAKS, Machine, machine_of, matrix_precision, peak_flops, peak_memory_gb
 from lazypipe.stages.sparsity.metrics import measure_windows
 from tests.model.tiny_model import sparsity_by_layer
 from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run, toy_corpus
@@ -62,15 +60,19 @@ def test_every_peak_names_its_source_and_orders_the_precisions() -> None:
         assert peak.source
 
 
+def machine_here(model: ModelConfig, vocab_size: int, workers: int) -> Machine:
+    shape: dict[str, Any] = {"seq_len": 128, "micro_batch_size": 8, "dtype": "bfloat16"}
+    return machine_of(model, vocab_size, **shape, device=torch.device("cpu"), workers=workers)
+
+
 def test_utilisation_by_hand() -> None:
     """6 N per token and 12 T d per layer of attention, forward and backward; two workers have two peaks."""
     model = ModelConfig(hidden_size=64, num_layers=3, num_heads=4, max_seq_len=128, tie_embeddings=True)
-    config = PretrainConfig(model=model, seq_len=128, tokens_per_step=1024, dtype="bfloat16")
-    under = machine(config, 1000, torch.device("cpu"), 2)
-    assert under.utilisation(1e6) is None and under.peak_flops is None
+    here = machine_here(model, vocab_size=1000, workers=2)
+    assert here.utilisation(1e6) is None and here.peak_flops is None
     matrices = 3 * (4 * 64 * 64 + 3 * 64 * model.mlp_size) + 1000 * 64
     expected = 6 * matrices + 3 * 12 * 128 * 64
-    assert under.flops_per_token == expected
+    assert here.flops_per_token == expected
     on_gpus = Machine("NVIDIA H100 80GB HBM3", 2, expected, peak_flops("NVIDIA H100 80GB HBM3", "bfloat16"))
     assert on_gpus.utilisation(1e6) == pytest.approx(expected * 1e6 / (2 * 989.4e12))
 
@@ -81,7 +83,7 @@ def test_float32_counts_against_what_multiplies_it() -> None:
         found = []
         for setting in ("highest", "high"):
             torch.set_float32_matmul_precision(setting)
-            found += [matrix_precision(PretrainConfig()), matrix_precision(PretrainConfig(dtype="bfloat16"))]
+            found += [matrix_precision("float32"), matrix_precision("bfloat16")]
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == ["float32", "bfloat16", "tf32", "bfloat16"]
@@ -94,7 +96,7 @@ def test_peak_memory_is_that_of_the_run_and_not_of_what_came_before() -> None:
     with_block = peak_memory_gb(cpu)
     del block
     assert peak_memory_gb(cpu) > with_block - 0.01  # the kernel's counter lags by some pages
-    machine(PretrainConfig(), 100, cpu, 1)
+    machine_here(ModelConfig(), vocab_size=100, workers=1)
     assert peak_memory_gb(cpu) < with_block - 0.25
     again = np.ones(40_000_000)
     assert peak_memory_gb(cpu) > with_block - 0.05

@@ -27,8 +27,7 @@ from lazypipe.stages.pretrain.optimizer import build_optimizer
 from tests.stages.pretrain.sharded_training import IDENTITY, built, save_and_resume, train, whole_state
 from tests.stages.pretrain.toy_training import context_in, tiny_run
 
-CONFIG = tiny_run("lazy", keep_checkpoints=2)
-SYNCHRONOUS = tiny_run("lazy", async_checkpoints=False)
+CONFIG = tiny_run("lazy")
 
 
 def trained(steps: int = 1, seed: int = 0) -> tuple[Transformer, torch.optim.AdamW]:
@@ -43,16 +42,27 @@ def saved_steps(context: Context) -> list[int]:
 
 def resumed(context: Context, identity: dict[str, Any] = IDENTITY) -> tuple[Transformer, torch.optim.AdamW, RunState]:
     model, optimizer = trained(steps=0, seed=5)
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         state = saver.resume(model, optimizer, identity)
     return model, optimizer, state
 
 
-@pytest.mark.parametrize("config", [CONFIG, SYNCHRONOUS], ids=["async", "sync"])
-def test_everything_comes_back(tmp_path: Path, config: Any) -> None:
+@pytest.mark.parametrize("in_background", [True, False])
+def test_everything_comes_back(tmp_path: Path, in_background: bool) -> None:
     context, (model, optimizer) = context_in(tmp_path), trained(3)
-    state = RunState(3, 1.5, 1, 1, 2.5, [{"step": 2.0, "loss": None}, {"step": 3.0, "loss": 0.1}])
-    with CheckpointSaver(config, context) as saver:
+    state = RunState(
+        step=3,
+        loss=1.5,
+        nonfinite_steps=1,
+        nonfinite_in_a_row=1,
+        spikes_skipped=2,
+        recent_losses=[2.5],
+        recent_norms=[0.5],
+        train_seconds=3.5,
+        wait_seconds=0.5,
+        history=[{"step": 2.0, "loss": None}, {"step": 3.0, "loss": 0.1}],
+    )
+    with CheckpointSaver(context, in_background=in_background) as saver:
         saver.save(model, optimizer, state, IDENTITY)
         expected = whole_state(model, optimizer)
         drawn = torch.randn(2), np.random.rand(2).tolist(), random.random()
@@ -90,7 +100,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, mo
     context, (model, optimizer) = context_in(tmp_path), trained(2)
     expected = {"model": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
     state = RunState(step=2, history=[{"step": 2.0}])
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         saver.save(model, optimizer, state, IDENTITY)
         train(model, optimizer, 3)
         torch.manual_seed(9)
@@ -105,7 +115,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, mo
 
 def test_a_step_that_was_skipped_leaves_the_optimizer_as_new(tmp_path: Path) -> None:
     context, (model, optimizer) = context_in(tmp_path), trained(0)
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         saver.save(model, optimizer, RunState(step=1), IDENTITY)
     assert not optimizer.state
     _, other_optimizer, state = resumed(context)
@@ -119,7 +129,7 @@ def test_a_parameter_without_a_gradient_so_far_has_no_moments_afterwards_either(
     unused.grad = None
     optimizer.step()
     optimizer.zero_grad()
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         saver.save(model, optimizer, RunState(step=1), IDENTITY)
     other, other_optimizer, _ = resumed(context)
     without = [n for n, p in other.named_parameters() if not other_optimizer.state.get(p)]
@@ -141,7 +151,7 @@ class Bomb:
 
 def test_tampered_metadata_is_refused_before_it_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, (model, optimizer) = context_in(tmp_path), trained()
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         for step in (1, 2):
             saver.save(model, optimizer, RunState(step=step), IDENTITY)
     trace, bomb = tmp_path / "exploded", pickle.dumps(Bomb(tmp_path / "exploded"))
@@ -162,7 +172,7 @@ def test_tampered_metadata_is_refused_before_it_is_unpickled(tmp_path: Path, mon
 
 def test_a_checkpoint_of_an_earlier_format_or_of_another_model_is_refused(tmp_path: Path) -> None:
     context, (model, optimizer) = context_in(tmp_path), trained()
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         saver.save(model, optimizer, RunState(step=1), IDENTITY, final=True)
         other = Transformer(CONFIG.model.model_copy(update={"num_layers": 1}), 64)
         before = other.embedding.weight.clone()
@@ -179,7 +189,7 @@ def test_a_checkpoint_of_an_earlier_format_or_of_another_model_is_refused(tmp_pa
 def test_a_field_that_a_checkpoint_does_not_know_was_at_its_default(tmp_path: Path) -> None:
     identity = {"seed": 0, "model.lazy_rope": True, "document_masking": False}
     context, (model, optimizer) = context_in(tmp_path), trained()
-    with CheckpointSaver(CONFIG, context) as saver:
+    with CheckpointSaver(context) as saver:
         saver.save(model, optimizer, RunState(step=3), {"seed": 0})
     assert resumed(context, identity)[2].step == 3
     for name, value in (("model.lazy_rope", False), ("document_masking", True), ("seed", 1)):
@@ -201,11 +211,11 @@ def full_disk(bytes_left: int = 5000) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SYNCHRONOUS], ids=["async", "sync"])
+@pytest.mark.parametrize("in_background", [True, False])
 @pytest.mark.parametrize("bytes_left", [0, 5000])
-def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path: Path, config: Any, bytes_left: int) -> None:
+def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path: Path, in_background: bool, bytes_left: int) -> None:
     context, (model, optimizer) = context_in(tmp_path), trained()
-    with CheckpointSaver(config, context) as saver:
+    with CheckpointSaver(context, in_background=in_background) as saver:
         saver.save(model, optimizer, RunState(step=1), IDENTITY)
         saver.wait()
         with full_disk(bytes_left), pytest.warns(UserWarning, match=r"no checkpoint of step 2: \[Errno 27\]"):
@@ -225,7 +235,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path: Path, config: An
 def test_metrics_wait_for_room_and_come_before_the_checkpoint(tmp_path: Path) -> None:
     context, (model, optimizer) = context_in(tmp_path), trained()
     context.log_metrics(1, {"loss": 1.0})
-    with CheckpointSaver(SYNCHRONOUS, context) as saver:
+    with CheckpointSaver(context, in_background=False) as saver:
         with full_disk(60):
             context.log_metrics(2, {"loss": 0.5})
             context.progress(2, 9, "steps")
@@ -244,7 +254,7 @@ def test_any_other_error_of_a_save_ends_the_training(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(checkpoint_saver, "write_resume_checkpoint", broken)
     context, (model, optimizer) = context_in(tmp_path), trained()
-    with pytest.raises(TypeError, match="a mistake of ours"), CheckpointSaver(CONFIG, context) as saver:
+    with pytest.raises(TypeError, match="a mistake of ours"), CheckpointSaver(context) as saver:
         saver.save(model, optimizer, RunState(step=1), IDENTITY)
     assert saved_steps(context) == []
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lazypipe.stages.pretrain.checks import warn_of_settings
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.schedule import learning_rate
+from lazypipe.stages.pretrain.optimizer import learning_rate
 
 SCHEDULES = ("cosine", "wsd", "constant", "linear")
 

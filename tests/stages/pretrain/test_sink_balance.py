@@ -15,12 +15,11 @@ from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import TokenizeFacts
-from lazypipe.stages.pretrain import gradients
+from lazypipe.stages.pretrain import loss as training_losses
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.gradients import accumulate_gradients
 from tests.model.tiny_model import awake, some_tokens, tiny
-from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run
+from tests.stages.pretrain.toy_training import context_in, metric_lines, tiny_run, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +99,7 @@ def test_training_adds_it_and_logs_it_apart(corpus: Artifact, tmp_path: Path) ->
     config = tiny_run("sink", steps=16, validate_every=16, sink_balance=3.0)
     shards = TokenShards(corpus.path / "train")
     model, other = (Transformer(config.model, TokenizeFacts.read(corpus.manifest).vocab_size) for _ in range(2))
-    losses = accumulate_gradients(model, config, shards, 0, context_in(tmp_path), None)
+    losses = toy_trainer(config, model, corpus, context_in(tmp_path)).accumulate_gradients()
     expected = [0.0, 0.0, 0.0]
     for first in (0, 4):
         windows = torch.from_numpy(training_batch(shards, 32, config.seed, first, 4))
@@ -139,7 +138,7 @@ def test_without_it_nothing_is_asked_for(corpus: Artifact, tmp_path: Path, monke
     def never(*_: object) -> Tensor:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(gradients, "head_balance", never)
+    monkeypatch.setattr(training_losses, "head_balance", never)
     pretrain.run(tiny_run("sink", steps=1, warmup_steps=0), {"tokenize": corpus}, context_in(tmp_path / "sink"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, UserError
+from lazypipe.stages.contract import Artifact, Context, DivergedError, Interrupted, Outputs, UserError
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checkpoint.state import RunState
 from lazypipe.stages.pretrain.checks import warn_of_settings
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.skipping import reason_to_skip, record
+from lazypipe.stages.pretrain.trainer import Trainer
 from tests.stages.pretrain.toy_training import context_in, start_process, tiny_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,9 +32,9 @@ def verdicts(config: PretrainConfig, losses: list[float], norms: list[float]) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for loss, norm in zip(losses, norms, strict=True):
-            reason = reason_to_skip(state, config, loss, norm)
+            reason = reason_to_skip(state, loss, norm, config.spike_sigma, config.spike_window)
             state.step += 1
-            record(state, config, reason, loss, norm)
+            record(state, reason, loss, norm, 0 if config.spike_sigma is None else config.spike_window)
             taken.append(reason is None)
     return taken, state
 
@@ -124,55 +123,51 @@ def test_spikes_are_skipped_alike_after_a_resume_and_on_two_workers(corpus: Arti
 
 
 @pytest.mark.filterwarnings("ignore:step .*skipped. loss")
-def test_giving_up_saves_the_last_good_weights_and_says_what_next(
-    corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_giving_up_saves_the_last_good_weights_and_says_what_next(corpus: Artifact, tmp_path: Path) -> None:
     """Steps 4 to 8 are poisoned. A limit of 3 ends at step 6; then at once at 7; a limit of 6 comes through."""
-    honest = pretrain.accumulate_gradients
     weights_seen: dict[int, torch.Tensor] = {}
 
-    def poisoned(model: Transformer, config: PretrainConfig, shards: Any, step: int, *others: Any) -> Any:
-        weights_seen[step] = model.embedding.weight.detach().clone()
-        losses = honest(model, config, shards, step, *others)
-        if 3 <= step < 8:
-            losses[0] = math.nan
-        return losses
+    class Poisoned(Trainer):
+        def accumulate_gradients(self) -> torch.Tensor:
+            weights_seen[self.state.step] = self.model.embedding.weight.detach().clone()
+            losses = super().accumulate_gradients()
+            if 3 <= self.state.step < 8:
+                losses[0] = math.nan
+            return losses
 
-    monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
+    def train(config: PretrainConfig) -> Outputs:
+        return pretrain.run(config, {"tokenize": corpus}, context, Poisoned)
+
     context = context_in(tmp_path)
     config = tiny_run("standard", max_nonfinite_in_a_row=3, checkpoint_every=100)
     message = rf"not finite in 3 steps in a row, the last one step 6 .*saved in {context.scratch_dir}/checkpoints"
     with pytest.raises(DivergedError, match=message):
-        pretrain.run(config, {"tokenize": corpus}, context)
+        train(config)
     saved = {"model": {"embedding.weight": torch.zeros_like(weights_seen[3])}}
     load(saved, checkpoint_id=context.scratch_dir / "checkpoints" / "step-00000006", no_dist=True)
     assert torch.equal(saved["model"]["embedding.weight"], weights_seen[3])
 
     lower = PretrainConfig.model_validate({**config.model_dump(), "lr": 1e-3})
     with pytest.raises(UserError, match=r"written with lr=0.01, this run has lr=0.001; set it back, or delete"):
-        pretrain.run(lower, {"tokenize": corpus}, context)
+        train(lower)
     with pytest.raises(RuntimeError, match=r"not finite in 4 steps in a row, the last one step 7"):
-        pretrain.run(config, {"tokenize": corpus}, context)
+        train(config)
     patient = PretrainConfig.model_validate({**config.model_dump(), "max_nonfinite_in_a_row": 6})
-    outputs = pretrain.run(patient, {"tokenize": corpus}, context)
+    outputs = train(patient)
     assert (outputs.facts.resumed_from, outputs.facts.nonfinite_steps) == (7, 5)
 
 
 @pytest.mark.filterwarnings("ignore:step .*skipped. loss")
-def test_giving_up_at_the_last_step_is_no_riddle_to_the_next_start(
-    corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest = pretrain.accumulate_gradients
+def test_giving_up_at_the_last_step_is_no_riddle_to_the_next_start(corpus: Artifact, tmp_path: Path) -> None:
+    class Poisoned(Trainer):
+        def accumulate_gradients(self) -> torch.Tensor:
+            losses = super().accumulate_gradients()
+            if self.state.step >= 3:
+                losses[0] = math.nan
+            return losses
 
-    def poisoned(model: Transformer, config: PretrainConfig, shards: Any, step: int, *others: Any) -> Any:
-        losses = honest(model, config, shards, step, *others)
-        if step >= 3:
-            losses[0] = math.nan
-        return losses
-
-    monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
     config = tiny_run("standard", steps=5, warmup_steps=1, max_nonfinite_in_a_row=2, checkpoint_every=100)
     with pytest.raises(DivergedError, match="the last one step 5"):
-        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path))
+        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path), Poisoned)
     with pytest.raises(RuntimeError, match="after 5 steps the validation loss is None; lower lr"):
-        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path))
+        pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path), Poisoned)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from lazypipe.model import transformer
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.model.chunked_loss import Losses, losses_of_logits
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.loss import next_token_loss
 from lazypipe.model.transformer import Transformer
@@ -22,9 +21,9 @@ from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, Us
 from lazypipe.stages.data.batches import training_batch, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import TokenizeFacts
-from lazypipe.stages.pretrain import loss as window_losses
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.pretrain.trainer import Trainer
 from tests.stages.pretrain.toy_training import context_in, metric_lines, start_process, tiny_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,23 +236,20 @@ def test_workers_without_a_process_group_are_refused(corpus: Artifact, tmp_path:
         pretrain.run(tiny_run("standard"), {"tokenize": corpus}, context_in(tmp_path, rank=0, world_size=2))
 
 
-def test_a_non_finite_step_is_skipped_and_counted(
-    corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_step_is_skipped_and_counted(corpus: Artifact, tmp_path: Path) -> None:
     """Step 4's gradients are poisoned: as if it had not been, but for the learning rate that moved on."""
-    honest = pretrain.accumulate_gradients
     weights_seen = {}
 
-    def poisoned(model: Transformer, config: PretrainConfig, shards: TokenShards, step: int, *others: Any) -> Any:
-        weights_seen[step] = model.embedding.weight.detach().clone()
-        loss = honest(model, config, shards, step, *others)
-        if step == 3:
-            model.final_norm.weight.grad[0] = math.inf
-        return loss
+    class Poisoned(Trainer):
+        def accumulate_gradients(self) -> torch.Tensor:
+            weights_seen[self.state.step] = self.model.embedding.weight.detach().clone()
+            losses = super().accumulate_gradients()
+            if self.state.step == 3:
+                self.model.final_norm.weight.grad[0] = math.inf
+            return losses
 
-    monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
     with pytest.warns(UserWarning, match="step 4: skipped"):
-        outputs = train(tiny_run("standard"), corpus, tmp_path)
+        outputs = pretrain.run(tiny_run("standard"), {"tokenize": corpus}, context_in(tmp_path), Poisoned)
     assert outputs.facts.nonfinite_steps == 1
     assert torch.equal(weights_seen[3], weights_seen[4])
     assert not torch.equal(weights_seen[4], weights_seen[5])
@@ -263,16 +259,16 @@ def test_a_non_finite_step_is_skipped_and_counted(
 
 
 @pytest.mark.filterwarnings("ignore:step [1-9]. skipped")
-def test_divergence_stops_with_the_reason(corpus: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(model: Transformer, *_: Any) -> Losses:
-        return losses_of_logits(model.embedding.weight * math.nan, torch.zeros(model.vocab_size, dtype=torch.int64))
+def test_divergence_stops_with_the_reason(corpus: Artifact, tmp_path: Path) -> None:
+    class Poisoned(Trainer):
+        def backward(self, micro_batch: int, weight: float = 1.0) -> torch.Tensor:
+            return super().backward(micro_batch, weight) * math.nan
 
-    monkeypatch.setattr(window_losses, "next_token_losses", nothing)
     with (
         pytest.warns(UserWarning, match="step 10: skipped"),
         pytest.raises(RuntimeError, match=r"not finite in 10 steps in a row.*step 10.*lower lr"),
     ):
-        train(tiny_run("standard"), corpus, tmp_path)
+        pretrain.run(tiny_run("standard"), {"tokenize": corpus}, context_in(tmp_path), Poisoned)
 
 
 def test_a_warm_up_longer_than_the_run_is_allowed_and_said(corpus: Artifact, tmp_path: Path) -> None:
@@ -329,6 +325,6 @@ def test_the_triton_kernels_are_checked_before_they_train(
 
     monkeypatch.setattr(preflight, "preflight", record)
     model = ModelConfig(hidden_size=64, num_heads=4, num_kv_heads=2, mixer=mixer, max_bias_length=32)
-    result = check_kernels(PretrainConfig(model=model, kernel=kernel, dtype="bfloat16"), torch.device(device))
+    result = check_kernels(model, kernel, "bfloat16", torch.device(device))
     assert asked == ([(4, 2, 16, 32, torch.bfloat16, "cuda")] if checked else [])
     assert (result is not None) == checked

@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 
+from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, Context
 from lazypipe.stages.pretrain import stage as pretrain
+from lazypipe.stages.pretrain.checkpoint.state import RunState
 from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.pretrain.hardware import Machine
+from lazypipe.stages.pretrain.optimizer import build_optimizer
+from lazypipe.stages.pretrain.trainer import Trainer
 from lazypipe.stages.tokenization import stage as tokenization
 from lazypipe.stages.tokenization.config import TokenizeConfig
 
@@ -61,6 +66,24 @@ def tiny_run(mixer: str, **fields: Any) -> PretrainConfig:
     training = {"steps": 12, "seq_len": 32, "tokens_per_step": 256, "micro_batch_size": 4, "warmup_steps": 3}
     intervals = {"checkpoint_every": 5, "validate_every": 6, "validation_windows": 8, "lr": 1e-2}
     return PretrainConfig.model_validate({"model": {**model, "mixer": mixer}, **training, **intervals, **fields})
+
+
+def toy_trainer(
+    config: PretrainConfig, model: Transformer, corpus: Artifact, context: Context, step: int = 0, **fields: Any
+) -> Trainer:
+    """A trainer of `model` before step `step` that saves nothing."""
+    return Trainer(
+        config=config,
+        context=context,
+        device=torch.device("cpu"),
+        model=model,
+        optimizer=build_optimizer(model, config),
+        state=RunState(step=step),
+        batches=pretrain.open_batches(config, corpus.path),
+        machine=Machine(None, context.world_size, 0.0, None),
+        save=lambda **_: None,
+        **fields,
+    )
 
 
 def metric_lines(context: Context) -> list[Mapping[str, Any]]:

@@ -2,21 +2,19 @@
 
 import json
 import multiprocessing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
 from lazypipe.stages.contract import Context, Interrupted
-from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.pretrain import gradients
+from lazypipe.stages.data.batches import Batches, Windows
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.pretrain.dtensors import whole
+from lazypipe.stages.pretrain.parallel import whole
+from lazypipe.stages.pretrain.trainer import Trainer
 from tests.stages.pretrain.toy_training import context_in, read_artifact
 
 
@@ -42,44 +40,52 @@ class LeavingContext(Context):
         return self.step == self.stop_at > 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecordingBatches(Batches):
+    """Batches that write down what was read of them: (number of the micro-batch, tokens)."""
+
+    read: list[tuple[int, str]] = field(default_factory=list)
+
+    def training(self, number: int) -> Windows:
+        windows = super().training(number)
+        self.read.append((number, windows.tobytes().hex()))
+        return windows
+
+
+@dataclass(kw_only=True)
+class RecordingTrainer(Trainer):
+    """Leaves first_gradient-RANK.pt, clipped, and windows-RANK.jsonl ([step, first sample, tokens])."""
+
+    def train(self) -> float:
+        directory, rank = self.context.output_dir.parent, self.context.rank
+        self.batches = RecordingBatches(**vars(self.batches))
+
+        def keep_first_gradient(*_: object) -> None:
+            first.remove()
+            flat = torch.cat([whole(p.grad).flatten() for p in self.parameters if p.grad is not None])
+            torch.save(flat, directory / f"first_gradient-{rank}.pt")
+
+        first = self.optimizer.register_step_pre_hook(keep_first_gradient)
+        try:
+            return super().train()
+        finally:
+            per_step, size = self.config.micro_batches_per_step, self.config.micro_batch_size
+            with (directory / f"windows-{rank}.jsonl").open("a") as file:
+                for number, tokens in self.batches.read:
+                    file.write(json.dumps([number // per_step, number * size, tokens]) + "\n")
+
+
 def train_here(corpus: Path, run: Run, rank: int = 0, world_size: int = 1) -> None:
-    """Train; leaves first_gradient-RANK.pt, windows-RANK.jsonl ([step, first sample, tokens]), result-RANK.json."""
+    """Train; leaves what `RecordingTrainer` does, and result-RANK.json."""
     run.directory.mkdir(exist_ok=True)
     plain = context_in(run.directory, rank, world_size)
     context = LeavingContext(plain.output_dir, plain.scratch_dir, rank=rank, world_size=world_size)
     context.stop_at = run.stop_at
-    read: list[tuple[int, int, str]] = []
-    honest_batch, honest_clip = gradients.training_batch, pretrain.clip_gradients
-    honest_sum = pretrain.accumulate_gradients
-    steps: list[int] = []
-
-    def batch(shards: TokenShards, seq_len: int, seed: int, first: int, size: int) -> npt.NDArray[np.int64]:
-        windows = honest_batch(shards, seq_len, seed, first, size)
-        read.append((steps[-1], first, windows.tobytes().hex()))
-        return windows
-
-    def accumulate(model: Any, config: PretrainConfig, shards: TokenShards, step: int, *others: Any) -> Any:
-        steps.append(step)
-        return honest_sum(model, config, shards, step, *others)
-
-    def clip(parameters: list[torch.nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
-        if len(steps) == 1:
-            flat = torch.cat([whole(p.grad).flatten() for p in parameters if p.grad is not None])
-            torch.save(flat, run.directory / f"first_gradient-{rank}.pt")
-        honest_clip(parameters, max_norm, norm)
-
-    gradients.training_batch, pretrain.clip_gradients, pretrain.accumulate_gradients = batch, clip, accumulate
-    result: dict[str, Any] = {}
     try:
-        outputs = pretrain.run(run.config, {"tokenize": read_artifact(corpus)}, context)
-        result = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics}
+        outputs = pretrain.run(run.config, {"tokenize": read_artifact(corpus)}, context, RecordingTrainer)
+        result: dict[str, Any] = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics}
     except Interrupted as interrupted:
         result = {"interrupted": str(interrupted)}
-    finally:
-        gradients.training_batch, pretrain.clip_gradients = honest_batch, honest_clip
-        pretrain.accumulate_gradients = honest_sum
-    with (run.directory / f"windows-{rank}.jsonl").open("a") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in read)
     (run.directory / f"result-{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
