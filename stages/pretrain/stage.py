@@ -162,7 +162,7 @@ def outputs_of(
     attempts: list[Attempt],
     checked: Preflight | None,
 ) -> Outputs[PretrainFacts]:
-    """Final metrics and facts of a run that went on from step `resumed_from`; checked: its kernels (`check_kernels`)."""
+    """Final metrics and facts of a run that went on from step `resumed_from`; checked: by `check_kernels`."""
     config, state, machine = trainer.config, trainer.state, trainer.machine
     assert state.loss is not None
     total, non_embedding = count_parameters(trainer.model)
