@@ -88,7 +88,7 @@ def lazy_attention(
     check_arguments(q, k, v, bias, tau, cu_seqlens, position_offset, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "auto":
-        backend = "triton" if q.is_cuda and _has_triton() and _suits_triton(q) else "blockwise"
+        backend = "triton" if uses_triton(backend, q.shape[3], q.dtype, q.device) else "blockwise"
     if backend == "triton":
         _check_triton(q)
         return _triton(q, k, v, bias, tau, cu_seqlens, position_offset, scale, return_stats)
@@ -132,14 +132,21 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _suits_triton(q: Tensor) -> bool:
-    return q.dtype != torch.float64 and 16 <= q.shape[3] <= 256
+def _suits_triton(head_dim: int, dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and 16 <= head_dim <= 256
+
+
+def uses_triton(backend: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `lazy_attention` runs the Triton kernels on such inputs."""
+    if backend == "auto":
+        return device.type == "cuda" and _has_triton() and _suits_triton(head_dim, dtype)
+    return backend == "triton"
 
 
 def _check_triton(q: Tensor) -> None:
     if not _has_triton():
         raise ValueError("backend is 'triton' and triton is not installed; install it or use backend='blockwise'")
-    if not _suits_triton(q):
+    if not _suits_triton(q.shape[3], q.dtype):
         raise ValueError(
             f"q is {q.dtype} with head_dim {q.shape[3]}; expected float32, bfloat16 or float16 and 16..256 for "
             "backend='triton'; use backend='blockwise'"

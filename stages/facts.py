@@ -58,12 +58,19 @@ class Facts(_Json):
         return cls.from_json(manifest["facts"], f"the facts of {where or 'a result'}{generation}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComputeFacts(Facts):
-    """What a stage that computes ran on. device: cpu or cuda."""
+    """What a stage that computes ran on. device: cpu or cuda.
+
+    preflight, preflight_errors, preflight_bound: the kernel checked before it computed, its largest errors against the
+    float64 reference by tensor, and what they may not exceed; None where no Triton kernel runs.
+    """
 
     threads: int | None = field(metadata=absent(None))
     device: str | None = field(metadata=absent(None))
+    preflight: str | None = field(default=None, metadata=absent(None))
+    preflight_errors: dict[str, float] | None = field(default=None, metadata=absent(None))
+    preflight_bound: float | None = field(default=None, metadata=absent(None))
 
 
 # ---- tokenize
@@ -162,13 +169,9 @@ class Attempt(_Json):
     cause: str | None  # None of the first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainFacts(ComputeFacts):
-    """A training run. parallel: replicate or fsdp. peak_flops: FLOP/s of one GPU, or "unknown"; gpu: name, or "none".
-
-    preflight, preflight_errors, preflight_bound: the kernel checked before the first step, its largest errors against
-    the float64 reference by tensor, and what they may not exceed; None where no Triton kernel runs.
-    """
+    """A training run. parallel: replicate or fsdp. peak_flops: FLOP/s of a GPU, or "unknown". gpu: name, or "none"."""
 
     parameters: int
     non_embedding_parameters: int
@@ -188,9 +191,6 @@ class PretrainFacts(ComputeFacts):
     gpu: str | None = field(metadata=absent(None))
     flops_per_token: float | None = field(metadata=absent(None))
     peak_flops: float | str = field(metadata=absent("unknown"))
-    preflight: str | None = field(default=None, metadata=absent(None))
-    preflight_errors: dict[str, float] | None = field(default=None, metadata=absent(None))
-    preflight_bound: float | None = field(default=None, metadata=absent(None))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], place: str = "facts") -> Self:
@@ -201,7 +201,7 @@ class PretrainFacts(ComputeFacts):
 # ---- evaluate, sparsity, report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateFacts(ComputeFacts):
     """A scored model. seq_len: what it was trained at. byte_scale: bytes of the split / bytes the token table counts.
 
@@ -217,7 +217,7 @@ class EvaluateFacts(ComputeFacts):
     lm_eval: str | None = field(default=None, metadata=absent(None))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SparsityFacts(ComputeFacts):
     """A measured attention. windows: measured, of windows_asked. heat_map_heads: the heads drawn, by number."""
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lazypipe.kernels.gpu.blocks import product
-from lazypipe.kernels.gpu.launch import on_device, options, precision, rows_contiguous
+from lazypipe.kernels.gpu.launch import on_device, options, precision, require_layout, rows_contiguous
 from lazypipe.kernels.gpu.tiles import decode_tile, padded_dim
 from lazypipe.kernels.reference import LOG2_E
 
@@ -134,14 +134,16 @@ def launch_decode(
     parts = torch.empty(batch, heads_kv, splits, rows, dim, dtype=torch.float32, device=q.device)
     read = torch.empty(batch, heads_kv, splits, dtype=torch.int32, device=q.device)
     sizes = {"D": dim, "DP": padded_dim(dim), "BR": max(16, triton.next_power_of_2(rows)), "BN": tile.block_n}
+    table = require_layout("bias", bias.contiguous(), (heads, bias.shape[1]))
+    taus = require_layout("tau", tau.contiguous(), (heads,))
     with on_device(q):
         decode_scores_kernel[(splits, batch * heads_kv)](
-            q, k, bias.contiguous(), scores, peaks, sums, *q.stride()[:3], *k.stride()[:3],
+            q, k, table, scores, peaks, sums, *q.stride()[:3], *k.stride()[:3],
             heads_kv, group, query_len, key_len, bias.shape[1], keys_per_split, scale * LOG2_E,
             **sizes, PRECISION=precision("scores", q), **options(tile),
         )  # fmt: skip
         decode_values_kernel[(splits, batch * heads_kv)](
-            v, scores, peaks, sums, tau.contiguous(), parts, read, *v.stride()[:3],
+            v, scores, peaks, sums, taus, parts, read, *v.stride()[:3],
             heads_kv, group, query_len, key_len, offset, keys_per_split,
             **sizes, SPLITS=triton.next_power_of_2(splits), PRECISION=precision("values", q),
             **options(tile),

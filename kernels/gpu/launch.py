@@ -1,6 +1,7 @@
 """Allocates outputs, picks tiles and launches the Triton kernels. Tensors in, tensors out; no autograd here."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,31 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def require_layout(name: str, x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """x, which a kernel indexes by its shape alone; RuntimeError when it is not contiguous or not of that shape."""
+    if (shape is not None and x.shape != torch.Size(shape)) or not x.is_contiguous():
+        expected = list(x.shape if shape is None else shape)
+        raise RuntimeError(
+            f"{name} has shape {list(x.shape)} and strides {list(x.stride())}; the kernel reads it as a contiguous "
+            f"{expected}: a fault of whoever made it"
+        )
+    return x
+
+
+def require_rows(name: str, x: Tensor) -> Tensor:
+    """x [.., D], of which a kernel takes every stride but the last; RuntimeError when that one is not 1."""
+    if x.stride(-1) != 1:
+        raise RuntimeError(f"{name} has strides {list(x.stride())}; the kernel expects a last one of 1")
+    return x
+
+
+def first_keys(cu_seqlens: Tensor | None, query_len: int, unused: Tensor) -> Tensor:
+    """int32 [Lq]: first position of each query's document; `unused` stands in where nothing is packed."""
+    if cu_seqlens is None:
+        return unused
+    return require_layout("first", document_starts(cu_seqlens, query_len).to(torch.int32), (query_len,))
+
+
 def options(tile: Tile) -> dict[str, Any]:
     """Launch options. Fused multiply-adds are asked for by name: Triton 3.10 is to turn them off by default."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
@@ -66,8 +92,8 @@ def launch_forward(
     window, shift = bias.shape[1], key_len - query_len
     tile = tile_for("forward", dim, q.dtype, q.device)
     blocks, num_words = mask_shape(query_len, key_len, tile)
-    first = q if cu_seqlens is None else document_starts(cu_seqlens, query_len).to(torch.int32)
-    table = bias_tiles(bias, shift, tile.block_m, tile.block_n)
+    first = first_keys(cu_seqlens, query_len, q)
+    table = require_layout("bias tiles", bias_tiles(bias, shift, tile.block_m, tile.block_n))
 
     def row_floats(wanted: bool) -> Tensor:
         return torch.empty(q.shape[:3] if wanted else (0,), dtype=torch.float32, device=q.device)
@@ -82,7 +108,7 @@ def launch_forward(
     )
     with on_device(q):
         forward_kernel[(blocks, batch * heads)](
-            q, k, v, table, tau.contiguous(), first, *result,
+            q, k, v, table, require_layout("tau", tau.contiguous(), (heads,)), first, *result,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             heads, heads // heads_kv, query_len, key_len, offset, window, table.shape[1], num_words, scale * LOG2_E,
             D=dim, DP=padded_dim(dim), BM=tile.block_m, BN=tile.block_n, STEP=tile_step(tile.block_m, tile.block_n),
@@ -109,13 +135,28 @@ class Saved(NamedTuple):
     scale: float
 
 
+def _check(s: Saved, mask_tile: Tile) -> None:
+    """RuntimeError for the first tensor that is not laid out as every backward kernel reads it."""
+    heads = s.q.shape[1]
+    for name, x in (("q", s.q), ("k", s.k), ("v", s.v), ("grad_out", s.grad_out)):
+        require_rows(name, x)
+    require_layout("bias", s.bias, (heads, s.bias.shape[1]))
+    require_layout("tau", s.tau, (heads,))
+    require_layout("lse", s.lse, s.q.shape[:3])
+    # Also met by a forward tile that is not the one the mask was written with.
+    require_layout("mask words", s.words, (*s.q.shape[:2], *mask_shape(s.q.shape[2], s.k.shape[2], mask_tile)))
+
+
 def launch_query(s: Saved, need_dq: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, or an empty tensor; D_i [B, Hq, Lq]; sum_j m_ij dO_i.v_j / n_i [B, Hq, Lq])."""
     batch, heads, query_len, dim = s.q.shape
     key_len, group = s.k.shape[2], heads // s.k.shape[1]
     tile, mask_tile = (tile_for(kernel, dim, s.q.dtype, s.q.device) for kernel in ("query", "forward"))
-    first = s.q if s.cu_seqlens is None else document_starts(s.cu_seqlens, query_len).to(torch.int32)
-    table = bias_tiles(s.bias, key_len - query_len, tile.block_m, tile.block_n)
+    _check(s, mask_tile)
+    if need_dq:
+        require_layout("mean", s.mean, s.q.shape)
+    first = first_keys(s.cu_seqlens, query_len, s.q)
+    table = require_layout("bias tiles", bias_tiles(s.bias, key_len - query_len, tile.block_m, tile.block_n))
     dq = torch.empty(s.q.shape if need_dq else (0,), dtype=s.q.dtype, device=s.q.device)
     delta, da_sum = torch.empty_like(s.lse), torch.empty_like(s.lse)
     with on_device(s.q):
@@ -136,12 +177,15 @@ def launch_key(s: Saved, delta: Tensor, need_dk: bool, need_dv: bool) -> tuple[T
     batch, heads, query_len, dim = s.q.shape
     heads_kv, key_len = s.k.shape[1:3]
     tile, mask_tile = (tile_for(kernel, dim, s.q.dtype, s.q.device) for kernel in ("key", "forward"))
-    first = end = s.q
+    _check(s, mask_tile)
+    require_layout("delta", delta, s.lse.shape)
+    first, end = first_keys(s.cu_seqlens, query_len, s.q), s.q
     if s.cu_seqlens is not None:
-        first = document_starts(s.cu_seqlens, query_len).to(torch.int32)
         positions = torch.arange(query_len, device=s.q.device)
-        end = s.cu_seqlens[torch.searchsorted(s.cu_seqlens.to(torch.int64), positions, right=True)]
+        ends = s.cu_seqlens[torch.searchsorted(s.cu_seqlens.to(torch.int64), positions, right=True)]
+        end = require_layout("end", ends, (query_len,))
     table = bias_tiles(s.bias, key_len - query_len, tile.block_m, tile.block_n, transposed=True)
+    require_layout("bias tiles", table)
     dk = torch.empty(s.k.shape if need_dk else (0,), dtype=s.k.dtype, device=s.q.device)
     dv = torch.empty(s.v.shape if need_dv else (0,), dtype=s.v.dtype, device=s.q.device)
     wanted = [(need_dk, need_dv)]
@@ -173,7 +217,9 @@ def launch_bias(s: Saved, delta: Tensor) -> Tensor:
     differences = tile_count(reach, shift, size, size)
     first_delta = shift % size - size
     slices = max(1, min(batch * triton.cdiv(query_len, size), BIAS_PROGRAMS // (heads * differences)))
-    first = s.q if s.cu_seqlens is None else document_starts(s.cu_seqlens, query_len).to(torch.int32)
+    _check(s, mask_tile)
+    require_layout("delta", delta, s.lse.shape)
+    first = first_keys(s.cu_seqlens, query_len, s.q)
     sums = torch.empty(heads, differences, slices, size, size, dtype=torch.float32, device=s.q.device)
     with on_device(s.q):
         bias_kernel[(differences, slices, heads)](

@@ -52,7 +52,7 @@ def tune(inputs: Sequence[Tensor], time_call: Callable[[Callable[[], object]], f
                 try:
                     timings[tile] = timer(_call(kernel, q, k, v, bias, tau, scale))
                 except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-                    if not _does_not_fit(error):
+                    if not does_not_fit(error):
                         raise
         if not timings:
             raise RuntimeError(
@@ -76,7 +76,8 @@ def _call(
     return lambda: triton_backward(grad_out, q, k, v, bias, tau, None, lse, mean, words, 0, scale, need)
 
 
-def _does_not_fit(error: BaseException) -> bool:
+def does_not_fit(error: BaseException) -> bool:
+    """Whether a launch failed because its tile needs more memory than the GPU has."""
     return "out of resource" in str(error).lower() or isinstance(error, torch.cuda.OutOfMemoryError)
 
 

@@ -64,9 +64,14 @@ def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str
 
 
 def load_trained(folder: Path) -> Trained:
-    """The model in a checkpoint folder, on the GPU if there is one, and its tokenizer; UserError says what is wrong."""
+    """The model in a checkpoint folder, on the GPU if there is one, and its tokenizer; UserError naming what is wrong.
+
+    The kernels that continue a text (float32) are compared with the reference first, where they are Triton's.
+    """
     import torch
     from tokenizers import Tokenizer
+
+    from lazypipe.stages.kernel_check import check_inference_kernels
 
     if not (folder / TOKENIZER_FILE).is_file() and (folder / CONFIG_FILE).is_file():
         raise UserError(
@@ -84,4 +89,5 @@ def load_trained(folder: Path) -> Trained:
         raise UserError(
             f"{checkpoint.tokenizer_path} is not a tokenizer.json of the tokenizers library: {first_line(error)}"
         ) from None
+    check_inference_kernels(checkpoint.model, torch.float32)
     return Trained(checkpoint, tokenizer)

@@ -22,6 +22,7 @@ from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.evaluate.probe_sequences import refuse_small_vocabulary, usable_tokens
 from lazypipe.stages.evaluate.token_bytes import byte_scale, token_byte_counts
 from lazypipe.stages.facts import EvaluateFacts, PretrainFacts, TokenizeFacts
+from lazypipe.stages.kernel_check import check_inference_kernels
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[EvaluateFacts]:
@@ -29,8 +30,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
 
     Writes tables/continuations and what perplexity.measure, length_extrapolation.measure, probes.measure and
     benchmarks.run_tasks write. Refuses, before any compute, a length for which the split holds no window, probes that
-    take more different tokens than there are, a benchmark that cannot be read, a baseline without its package or a GPU.
-    Leaves global random states alone.
+    take more different tokens than there are, a benchmark that cannot be read, a baseline without its package or
+    a GPU, and Triton kernels that are wrong on this GPU. Leaves global random states alone.
     """
     corpus, trained = inputs["tokenize"], inputs["pretrain"]
     shards = TokenShards(corpus.path / "validation")
@@ -55,6 +56,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
             raise UserError(f"{key}: {too_long}")
     if config.ablations:
         refuse_uniform(model.config)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    preflight = check_inference_kernels(model, dtype)  # a kernel that is wrong on this GPU gives a wrong loss silently
 
     scale = byte_scale(table, shards, corpus_facts.splits["validation"].bytes)
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
@@ -82,6 +85,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
         device=device.type,
         tasks=None if scored is None else scored.counts,
         lm_eval=None if scored is None else scored.lm_eval,
+        preflight=None if preflight is None else preflight.description,
+        preflight_errors=None if preflight is None else preflight.errors,
+        preflight_bound=None if preflight is None else preflight.bound,
     )
     return Outputs(metrics if scored is None else metrics | scored.metrics, facts)
 

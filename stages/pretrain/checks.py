@@ -7,16 +7,13 @@ import shutil
 import sysconfig
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from lazypipe.kernels.gpu import preflight
 from lazypipe.model.config import BASELINE_PACKAGE, BASELINES, ModelConfig
 from lazypipe.stages.contract import UserError, Warn
 from lazypipe.stages.pretrain.config import PretrainConfig
-
-if TYPE_CHECKING:  # imports triton
-    from lazypipe.kernels.gpu.preflight import Preflight
 
 
 def warn_of_settings(config: PretrainConfig, world_size: int = 1, warn: Warn = warnings.warn) -> None:
@@ -91,17 +88,20 @@ def check_compiler(device: torch.device) -> None:
     )
 
 
-def check_kernels(model: ModelConfig, kernel: str, dtype: str, device: torch.device) -> Preflight | None:
+def check_kernels(model: ModelConfig, kernel: str, dtype: str, device: torch.device) -> preflight.Preflight | None:
     """The kernel preflight: what will train, and how far it is from the float64 reference.
 
-    None where no Triton kernel runs (no GPU, no lazy layer, another backend). RuntimeError when the error is large.
+    None where no Triton kernel runs (no GPU, no lazy layer, another backend). UserError when the error is large.
     """
     if device.type != "cuda" or kernel_used(model, kernel) not in ("auto", "triton"):
         return None
-    from lazypipe.kernels.gpu.preflight import preflight
-
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return preflight(model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, compute, device=device)
+    try:
+        return preflight.preflight(
+            model.num_heads, model.kv_heads, model.head_dim, model.max_bias_length, compute, device=device
+        )
+    except preflight.PreflightError as error:
+        raise UserError(str(error)) from error
 
 
 def kernel_used(model: ModelConfig, kernel: str) -> str:

@@ -27,6 +27,7 @@ from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, Us
 from lazypipe.stages.data.batches import read_window, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import SparsityFacts
+from lazypipe.stages.kernel_check import check_inference_kernels
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.sparsity.metrics import METRICS, average_windows, measure_windows
@@ -40,8 +41,9 @@ HeadMetrics = dict[str, NDArray[np.float64]]  # name -> [layers, H], NaN in laye
 def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[SparsityFacts]:
     """Measure attention metrics per layer and head of inputs["pretrain"] on the validation split of inputs["tokenize"].
 
-    Writes tables/heads, tables/layers and figures/*.png. Raises UserError if the split has no window of seq_len tokens
-    or the checkpoint's weights are not finite, Interrupted when a stop is asked for.
+    Writes tables/heads, tables/layers and figures/*.png. Raises UserError if the split has no window of seq_len tokens,
+    the checkpoint's weights are not finite or Triton kernels are wrong on this GPU, Interrupted when a stop is asked
+    for.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = TokenShards(inputs["tokenize"].path / "validation")
@@ -63,6 +65,8 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
             f"sparsity.seq_len={config.seq_len} is above model.max_seq_len={model.config.max_seq_len}: "
             "the attention is measured on longer windows than the model was meant for"
         )
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    preflight = check_inference_kernels(model, dtype)  # each layer but the first reads what the kernel made
     seed = int(inputs["pretrain"].manifest.get("config", {}).get("seed", PretrainConfig().seed))
     untrained = build_model(model.config, checkpoint.vocab_size, seed=seed).to(device)
     if model.side is not None and untrained.side is not None:
@@ -107,6 +111,9 @@ def run(config: SparsityConfig, inputs: Mapping[str, Artifact], context: Context
         attention_layers=model.attention_layers,
         threads=torch.get_num_threads(),
         device=str(device),
+        preflight=None if preflight is None else preflight.description,
+        preflight_errors=None if preflight is None else preflight.errors,
+        preflight_bound=None if preflight is None else preflight.bound,
     )
     return Outputs(metrics, facts)
 

@@ -33,6 +33,7 @@ from lazypipe.stages.evaluate.benchmarks.suites import expand
 from lazypipe.stages.evaluate.benchmarks.tasks import files_of, load_task
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.kept_work import keep, kept, sweep_unfinished, work_key
+from lazypipe.stages.kernel_check import check_inference_kernels
 
 TABLE = "tasks"
 SAMPLES_FILE = "samples.jsonl"
@@ -142,7 +143,10 @@ def run_share(share: Share) -> None:
     torch.set_num_threads(share.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = Context(share.scratch_dir, share.scratch_dir, rank=1)
-    run_here(share, load_checkpoint(share.checkpoint, device), context, 0, len(share.tasks))
+    checkpoint = load_checkpoint(share.checkpoint, device)
+    # This worker's GPU need not be the stage's.
+    check_inference_kernels(checkpoint.model, torch.bfloat16 if share.config.dtype == "bfloat16" else torch.float32)
+    run_here(share, checkpoint, context, 0, len(share.tasks))
 
 
 def run_here(share: Share, checkpoint: Checkpoint, context: Context, before: int, total: int) -> None:

@@ -5,8 +5,11 @@ import logging
 import pytest
 import torch
 
+import lazypipe.kernels.gpu.decode
 import lazypipe.kernels.gpu.preflight
-from lazypipe.kernels.gpu.preflight import BOUNDS, preflight
+import lazypipe.kernels.oracle
+from lazypipe.kernels.gpu.preflight import PreflightError, preflight
+from lazypipe.kernels.oracle import BOUNDS
 
 
 def test_blockwise_passes(caplog, monkeypatch):
@@ -28,15 +31,29 @@ def test_triton_passes_and_names_its_tiles(monkeypatch):
 
 @pytest.mark.parametrize("spoil", [1.01, float("nan")])
 def test_a_wrong_kernel_is_refused(monkeypatch, spoil):
-    true = lazypipe.kernels.gpu.preflight.lazy_attention
+    true = lazypipe.kernels.oracle.lazy_attention
 
     def wrong(*args, **options):
         out = true(*args, **options)
         return out * spoil if options["backend"] == "blockwise" else out
 
-    monkeypatch.setattr(lazypipe.kernels.gpu.preflight, "lazy_attention", wrong)
-    with pytest.raises(RuntimeError, match=r"out of backend 'blockwise' is off by .* do not train"):
-        preflight(2, 2, 16, 40, torch.float32, device="cpu", backend="blockwise")
+    monkeypatch.setattr(lazypipe.kernels.oracle, "lazy_attention", wrong)
+    for inference in (False, True):
+        with pytest.raises(PreflightError, match=r"out of backend 'blockwise' is off by .* do not compute with it"):
+            preflight(2, 2, 16, 40, torch.float32, device="cpu", backend="blockwise", inference=inference)
+
+
+def test_a_wrong_decode_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(lazypipe.kernels.gpu.preflight, "LENGTH", 140)
+    found = preflight(2, 1, 16, 40, torch.float32, device="cpu", inference=True)
+    assert set(found.errors) == {"out", "decode"} and max(found.errors.values()) <= 1e-5
+    assert "decode" in found.description
+    true = lazypipe.kernels.gpu.decode.launch_decode
+    monkeypatch.setattr(
+        lazypipe.kernels.gpu.decode, "launch_decode", lambda *args: (true(*args)[0] * 1.01, true(*args)[1])
+    )
+    with pytest.raises(PreflightError, match="decode of backend 'triton' is off by"):
+        preflight(2, 1, 16, 40, torch.float32, device="cpu", inference=True)
 
 
 def test_a_dtype_the_kernels_do_not_take():

@@ -14,7 +14,7 @@ from lazypipe.kernels.gpu.toeplitz import bias_gradient, bias_tiles, tile_count,
 def test_every_block_finds_its_bias(block_m, block_n, window, shift, transposed):
     bias = torch.randn(2, window)
     tiles = bias_tiles(bias, shift, block_m, block_n, transposed)
-    assert tiles.is_contiguous(), "the kernels index a tile by its shape"
+    assert tiles.is_contiguous(), "kernels count rows of it by the number of columns"
     if transposed:
         tiles = tiles.transpose(2, 3)
     assert tiles.shape == (2, tile_count(window, shift, block_m, block_n), block_m, block_n)
