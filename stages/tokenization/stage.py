@@ -41,6 +41,7 @@ from lazypipe.stages.tokenization.filters import FILTERS, dropped_counts, filter
 from lazypipe.stages.tokenization.identity import check_source, corpus_fingerprint, source_identity
 from lazypipe.stages.tokenization.passes import (
     Corpus,
+    Encoded,
     encode_corpus,
     kept_folder,
     scan_corpus,
@@ -73,58 +74,31 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
     check_source(config, context.scratch_dir)
     identity = source_identity(config, context.scratch_dir)
     corpus = scan_corpus(config, context)
-    found_sizes = corpus.column("sizes")
+    bytes_read = corpus.column("sizes")
     digests = corpus.column("digests")
-    filtered = filter_documents(config.filters, digests, found_sizes, corpus.column("chars"))
-    sizes = filtered.sizes
+    filtered = filter_documents(config.filters, digests, bytes_read, corpus.column("chars"))
+    sizes = filtered.sizes  # bytes of each document; 0 where it is left out
     sources = source_rows(corpus.units, corpus.scans, filtered.reasons)
     warn_of_invalid_utf8(sources, context.warn)
     split = choose_validation(digests, sizes, config.validation_fraction)
     del digests
     warn_of_large_validation(split, int(sizes.sum()), config.validation_fraction, context.warn)
 
-    tokenizer, eos_token, tokenizer_resumed = _tokenizer(config, corpus, sizes, split, context)
-    num_ids = number_of_ids(tokenizer)
-    check_vocabulary(num_ids, config.token_dtype)
-    if sizes.max() > PIECE_BYTES and not joins_pieces_exactly(tokenizer):
-        context.warn(
-            f"{int((sizes > PIECE_BYTES).sum())} documents are longer than {PIECE_BYTES} bytes and are encoded in "
-            "pieces cut at line breaks; this tokenizer treats the beginning of a text specially, so a few tokens at "
-            "those places differ from encoding the document at once"
-        )
-    tokenizer_json = context.output_dir / "tokenizer" / _TOKENIZER_FILE
-    tokenizer_json.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(tokenizer_json))
-
-    eos_id = int(tokenizer.token_to_id(eos_token))
-    coder = Coder(tokenizer_json, file_sha256(tokenizer_json), eos_id, eos_token, num_ids, config.token_dtype)
+    coder, tokenizer_resumed = _coder(config, corpus, sizes, split, context)
     encoded = encode_corpus(config, corpus, sizes, split, coder, context)
-    warn_of_eos_in_text(encoded.eos_in_text, eos_token, context.warn)
+    warn_of_eos_in_text(encoded.eos_in_text, coder.eos_token, context.warn)
     splits = _assemble(encoded.splits, context.output_dir)
     histogram = length_histogram({name: _document_lengths(context.output_dir / name) for name in splits})
     context.log_table("document_lengths", histogram)
     context.log_table("sources", sources)
     context.log_figure("document_lengths", length_figure(histogram))
 
-    documents = int((found_sizes > 0).sum())
-    dropped = dropped_counts(filtered.reasons, found_sizes)
-    metrics: dict[str, float] = {}
-    for name, one in splits.items():
-        metrics |= {
-            f"{name}_documents": float(one.documents),
-            f"{name}_tokens": float(one.tokens),
-            f"{name}_bytes": float(one.bytes),
-        }
-    metrics["bytes_per_token"] = int(sizes.sum()) / sum(one.tokens for one in splits.values())
-    metrics["vocab_size"] = float(num_ids)
-    metrics["unigram_entropy"] = unigram_entropy(encoded.token_counts)
-    metrics["units_resumed"] = float(encoded.resumed)
-    if config.filters != Filters():
-        metrics |= {name: float(count) for name, count in dropped.items()}
+    documents = int((bytes_read > 0).sum())
+    dropped = dropped_counts(filtered.reasons, bytes_read)
     facts = TokenizeFacts(
-        vocab_size=num_ids,
-        eos_id=eos_id,
-        eos_token=eos_token,
+        vocab_size=coder.num_ids,
+        eos_id=coder.eos_id,
+        eos_token=coder.eos_token,
         token_dtype=config.token_dtype,
         splits=splits,
         source=SourceFacts(
@@ -133,7 +107,7 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
             files=len({part.file.path for unit in corpus.units for part in unit}),
             documents=documents,
             skipped_rows=len(sizes) - documents,
-            bytes=int(found_sizes.sum()),
+            bytes=int(bytes_read.sum()),
             commit=identity["source"].get("commit"),
         ),
         filters={
@@ -143,7 +117,44 @@ def run(config: TokenizeConfig, inputs: Mapping[str, Artifact], context: Context
         invalid_utf8_bytes=sum(scan.invalid_bytes for unit in corpus.scans for scan in unit),
         document_length_histogram=histogram,
     )
-    return Outputs(metrics, facts)
+    return Outputs(_metrics(facts, encoded, dropped if config.filters != Filters() else {}), facts)
+
+
+def _metrics(facts: TokenizeFacts, encoded: Encoded, dropped: Mapping[str, int]) -> dict[str, float]:
+    """The stage's final metrics: documents, tokens and bytes of each split, and what the tokenizer makes of them."""
+    metrics: dict[str, float] = {}
+    for name, one in facts.splits.items():
+        metrics |= {
+            f"{name}_documents": float(one.documents),
+            f"{name}_tokens": float(one.tokens),
+            f"{name}_bytes": float(one.bytes),
+        }
+    splits = facts.splits.values()
+    metrics["bytes_per_token"] = sum(one.bytes for one in splits) / sum(one.tokens for one in splits)
+    metrics["vocab_size"] = float(facts.vocab_size)
+    metrics["unigram_entropy"] = unigram_entropy(encoded.token_counts)
+    metrics["units_resumed"] = float(encoded.resumed)
+    return metrics | {name: float(count) for name, count in dropped.items()}
+
+
+def _coder(
+    config: TokenizeConfig, corpus: Corpus, sizes: npt.NDArray[np.int64], split: Split, context: Context
+) -> tuple[Coder, bool]:
+    """Train or load the tokenizer and save it in the outputs; (what encodes with it, whether its training was kept)."""
+    tokenizer, eos_token, resumed = _tokenizer(config, corpus, sizes, split, context)
+    num_ids = number_of_ids(tokenizer)
+    check_vocabulary(num_ids, config.token_dtype)
+    if sizes.max() > PIECE_BYTES and not joins_pieces_exactly(tokenizer):
+        context.warn(
+            f"{int((sizes > PIECE_BYTES).sum())} documents are longer than {PIECE_BYTES} bytes and are encoded in "
+            "pieces cut at line breaks; this tokenizer treats the beginning of a text specially, so a few tokens at "
+            "those places differ from encoding the document at once"
+        )
+    path = context.output_dir / "tokenizer" / _TOKENIZER_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    eos_id = int(tokenizer.token_to_id(eos_token))
+    return Coder(path, file_sha256(path), eos_id, eos_token, num_ids, config.token_dtype), resumed
 
 
 def _tokenizer(
