@@ -157,6 +157,17 @@ def test_warnings_of_libraries_are_routed_and_the_stage_s_own_are_written_once(t
     assert [str(warning.message) for warning in others] == ["numbers overflow"]
 
 
+def test_stages_warn_through_their_context() -> None:
+    stages = Path(contract.__file__).parent
+    python_warnings = [
+        f"{path.relative_to(stages)}:{number}"
+        for path in sorted(stages.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if "warnings.warn(" in line and path.name != "contract.py"
+    ]
+    assert not python_warnings, "take a Context, or its `warn` as an argument"
+
+
 def warn_and_double(item: int) -> int:
     warnings.warn(f"file {item} is odd" if item % 2 else "a library says", stacklevel=1)
     return 2 * item

@@ -81,7 +81,7 @@ def run_tasks(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Pa
     for task in tasks:
         earlier = kept(folder / task, keys[task])
         if earlier.problem is not None:
-            warnings.warn(f"the kept result of {task} is damaged ({earlier.problem}); it is run again", stacklevel=2)
+            context.warn(f"the kept result of {task} is damaged ({earlier.problem}); it is run again")
         if earlier.facts is None:
             todo.append(task)
     shares = [

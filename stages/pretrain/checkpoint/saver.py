@@ -68,6 +68,8 @@ class CheckpointSaver:
         self._stager: DefaultStager | None = None
         self._group: Any = None
         # torch says so although it was told `no_dist`, and from another thread it could not be silenced for a while.
+        self._filters = warnings.catch_warnings()
+        self._filters.__enter__()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
     def __enter__(self) -> CheckpointSaver:
@@ -81,6 +83,7 @@ class CheckpointSaver:
                 raise
         finally:
             self._executor.shutdown()
+            self._filters.__exit__(None, None, None)
             if self._stager is not None:
                 self._stager.close()
             if self._group is not None:

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +273,12 @@ def test_divergence_stops_with_the_reason(corpus: Artifact, tmp_path: Path) -> N
 
 
 def test_a_warm_up_longer_than_the_run_is_allowed_and_said(corpus: Artifact, tmp_path: Path) -> None:
+    filters = list(warnings.filters)
     with pytest.warns(UserWarning, match="warmup_steps=8 is not below steps=2"):
         train(tiny_run("standard", steps=2, warmup_steps=8), corpus, tmp_path)
+        within = list(warnings.filters)
+    assert list(warnings.filters) == filters, "what training silences is heard again afterwards"
+    assert not any(message and "torch.distributed" in message.pattern for _, message, *_ in within)
     rates = [line["metrics"]["lr"] for line in metric_lines(context_in(tmp_path))]
     assert rates == pytest.approx([0.01 / 8, 0.01 / 4])
 
