@@ -275,12 +275,15 @@ def generate(
     generate_command(target, variant, overrides or (), root, texts, sampling, as_json)
 
 
-BENCHMARKS = {  # where each is; a function of the remaining arguments
-    "kernels": ("lazypipe.pipeline.bench.kernels", "main"),
-    "tokenize": ("lazypipe.pipeline.bench.tokenize", "bench_tokenize"),
-    "pretrain": ("lazypipe.pipeline.bench.pretrain", "main"),
-    "generate": ("lazypipe.pipeline.bench.generate", "bench_generate"),
-    "evaluate": ("lazypipe.pipeline.bench.evaluate", "main"),
+BENCHMARKS = {  # name: (its module in lazypipe.pipeline.bench, what it times); each has main(arguments) -> exit code
+    "kernels": ("kernels", "Lazy Attention's kernels against softmax attention: time, TFLOP/s, memory"),
+    "tokenize": ("tokenization", "tokenization against raw `tokenizers` and datasets.map; --memory for its peak"),
+    "pretrain": ("pretrain", "the training loop against a bare PyTorch loop and transformers.Trainer"),
+    "loss": ("loss", "logits formed in chunks against full logits and torch's linear_cross_entropy"),
+    "checkpoint": ("checkpoint", "what a resume checkpoint costs training, at once and in the background"),
+    "reduction": ("reduction", "gradients summed in the order of the micro-batches against an all-reduce"),
+    "generate": ("generate", "decoding with the cache and without"),
+    "evaluate": ("evaluate", "benchmark requests against the harness's own Hugging Face backend"),
 }
 
 
@@ -293,12 +296,14 @@ def bench(
     from lazypipe.pipeline.experiment.document import nearest
 
     if what in ("--help", "-h"):
-        console().print(f"Usage: lazypipe bench WHAT [OPTIONS]; WHAT is {', '.join(BENCHMARKS)}", highlight=False)
+        print("Usage: lazypipe bench WHAT [OPTIONS]; lazypipe bench WHAT --help lists the options of one")
+        for name, (_, description) in BENCHMARKS.items():
+            print(f"  {name:<11} {description}")
         return
     if what not in BENCHMARKS:
         raise UserError(f"bench {what}: there is no such benchmark{nearest(what, list(BENCHMARKS))}")
-    module, function = BENCHMARKS[what]
-    raise typer.Exit(getattr(importlib.import_module(module), function)(context.args) or 0)
+    module, _ = BENCHMARKS[what]
+    raise typer.Exit(importlib.import_module(f"lazypipe.pipeline.bench.{module}").main(context.args))
 
 
 def main() -> NoReturn:

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.transformer import Transformer
-from lazypipe.pipeline.bench.timing import interleaved_medians
+from lazypipe.pipeline.bench.options import Parser, check_at_least, check_writable, exit_code
+from lazypipe.pipeline.bench.timing import interleaved, timed
 from lazypipe.stages.contract import UserError
 
 EOS = "<|endoftext|>"
@@ -117,7 +119,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> None:
 
 
 def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Both backends on one model: {"vocab_size", "requests", "ours", "hflm", "ratio", "largest_difference"}."""
+    """Both backends on one model: {"vocab_size", "requests", "ours", "hflm", "ratio", "low", "high",
+    "largest_difference"}; ours and hflm are requests/s, low and high a 95 % interval of ours / hflm.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -149,13 +153,16 @@ def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
         }
         answers = {name: run() for name, run in backends.items()}
         difference = max(abs(a[0] - b[0]) for a, b in zip(answers["ours"], answers["hflm"], strict=True))
-        times = interleaved_medians({name: [run] for name, run in backends.items()}, options.repeats, device)
-    rates = {name: 1e3 * len(pairs) / milliseconds for name, milliseconds in times.items()}
+        times = interleaved({name: timed(run, device) for name, run in backends.items()}, options.repeats)
+    rates = {name: len(pairs) / times.median(name) for name in backends}
+    ratio = times.ratio("hflm", "ours")  # of rates: the seconds the other way round
     return {
         "vocab_size": vocab_size,
         "requests": len(pairs),
         **rates,
-        "ratio": rates["ours"] / rates["hflm"],
+        "ratio": ratio.median,
+        "low": ratio.low,
+        "high": ratio.high,
         "largest_difference": difference,
     }
 
@@ -163,21 +170,16 @@ def compare(vocab_size: int, options: argparse.Namespace) -> dict[str, Any]:
 def check(options: argparse.Namespace) -> None:
     """UserError for the first value out of range."""
     smallest = dict.fromkeys(("num_layers", "num_heads", "questions", "batch_size", "repeats"), 1)
-    asked = {name: getattr(options, name) for name in smallest} | {"vocab_size": min(options.vocab_size)}
-    for name, value in asked.items():
-        least = smallest.get(name, TOKENIZER_SIZE)
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    check_at_least(options, **smallest, vocab_size=TOKENIZER_SIZE)
     width = 2 * options.num_heads
     if options.hidden_size < 1 or options.hidden_size % width:
         raise UserError(f"--hidden-size {options.hidden_size}: must be a multiple of twice --num-heads, {width}")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+    check_writable("--json", options.json)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a row per vocabulary size; --json writes them to a file too."""
-    parser = argparse.ArgumentParser(prog="lazypipe bench evaluate", description=__doc__)
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-heads", type=int, default=4)
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
             '-e ".[test]"'
         )
     rows = []
-    print(f"{'vocab':>7} {'requests':>9} {'ours/s':>9} {'HFLM/s':>9} {'ratio':>6}  largest difference (nats)")
+    print(f"{'vocab':>7} {'requests':>9} {'ours/s':>9} {'HFLM/s':>9} {'ratio (95 %)':>17}  largest difference (nats)")
     for vocab_size in options.vocab_size:
         logging.disable(logging.WARNING)
         try:
@@ -205,11 +207,16 @@ def main(arguments: Sequence[str]) -> int:
         finally:
             logging.disable(logging.NOTSET)
         rows.append(row)
+        interval = f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
         print(
-            f"{vocab_size:>7,} {row['requests']:>9,} {row['ours']:>9,.0f} {row['hflm']:>9,.0f} {row['ratio']:>6.2f}  "
+            f"{vocab_size:>7,} {row['requests']:>9,} {row['ours']:>9,.0f} {row['hflm']:>9,.0f} {interval:>17}  "
             f"{row['largest_difference']:.1e}",
             flush=True,
         )
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

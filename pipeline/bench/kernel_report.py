@@ -3,25 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("mode", "L", "D", "W", "steep", "rho", "implementation", "ms", "vs sdpa", "TFLOP/s", "of matmul", "extra MB")
+COLUMNS = (
+    *("mode", "L", "D", "W", "steep", "rho", "implementation", "ms", "vs sdpa", "95 %", "TFLOP/s", "of matmul"),
+    "extra MB",
+)
 
 
 def rows(record: dict[str, Any]) -> list[list[str]]:
     """One row of text per result, ratios against the fastest softmax (sdpa*) of the same case."""
-    results = record["results"]
     table = []
-    for r in results:
-        same = [
-            o for o in results if all(o[k] == r[k] for k in ("mode", "length", "head_dim", "window", "steep_share"))
-        ]
-        softmax = [o["ms"] for o in same if o["peer"].startswith("sdpa") and "ms" in o]
+    for r in record["results"]:
         row = [r["mode"], str(r["length"]), str(r["head_dim"]), str(r["window"]), f"{r['steep_share']:.2f}"]
         row += [f"{r['rho']:.2f}" if "rho" in r else "", r["peer"]]
         if "ms" not in r:
-            table.append([*row, "skipped: " + r["skipped"], "", "", "", ""])
+            table.append([*row, "skipped: " + r["skipped"], "", "", "", "", ""])
             continue
         memory = r.get("extra_mb")
-        row += [f"{r['ms']:.2f}", f"{r['ms'] / min(softmax):.2f}" if softmax else ""]
+        ratio = r.get("vs_sdpa")
+        row += [f"{r['ms']:.2f}"]
+        row += [f"{ratio['median']:.2f}", f"{ratio['low']:.2f}-{ratio['high']:.2f}"] if ratio else ["", ""]
         row += [f"{r['tflops']:.3f}", f"{r['tflops'] / record['matmul_tflops']:.0%}"]
         table.append([*row, "" if memory is None else f"{memory:.0f}"])
     return table

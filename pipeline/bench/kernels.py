@@ -1,19 +1,21 @@
 """Times Lazy Attention against softmax attention: `lazypipe bench kernels`.
 
-Every number is a median over repetitions and input sets, implementations interleaved so that a busy machine slows all
-of them alike; ratios are taken within one run. On CUDA times are CUDA events and memory is torch's peak; on a CPU times
-are wall clock and memory is the growth of the process's peak, taken in a process of its own. TFLOP/s count causal
-softmax attention's own products (2 forward, 5 backward), so that all implementations do the same useful work.
+Every number is a median over repetitions and input sets, implementations interleaved (timing.py). On CUDA times are
+CUDA events and memory is torch's peak; on a CPU times are wall clock and memory is the growth of the process's peak,
+taken in a process of its own. TFLOP/s count causal softmax attention's own products (2 forward, 5 backward), so that
+all implementations do the same useful work.
+
+Needs torch and triton alone: `python -m lazypipe.pipeline.bench.kernels` is the same command.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,9 @@ import torch
 
 from lazypipe.pipeline.bench.kernel_cases import Inputs, Peer, make_inputs, outside_peer, peers_for
 from lazypipe.pipeline.bench.kernel_report import format_table, write_plot
-from lazypipe.pipeline.bench.timing import interleaved_medians, measured_peak
+from lazypipe.pipeline.bench.options import Parser, check_at_least, check_writable, exit_code
+from lazypipe.pipeline.bench.timing import interleaved, measured_peak, timed
+from lazypipe.stages.contract import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("forward", "train", "decode")
@@ -102,7 +106,9 @@ def values_read(case: Case) -> float | None:
 
 
 def run_case(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result per implementation: median ms, TFLOP/s, extra memory; a reason where it cannot run."""
+    """One result per implementation: median ms, its ratio to the fastest softmax, TFLOP/s, extra memory; a reason where
+    it cannot run.
+    """
     peers = peers_for(torch.device(case.device), case.length, case.mode == "decode", arguments.peer)
     sets = [case_inputs(case, seed) for seed in range(arguments.input_sets)]
     results: list[dict[str, Any]] = []
@@ -121,14 +127,18 @@ def run_case(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             entry["skipped"] = str(error).splitlines()[0][:160]
             continue
         runnable[peer.name] = steps
-    times = interleaved_medians(runnable, arguments.repeats, case.device)
+    times = interleaved({name: timed(steps, case.device) for name, steps in runnable.items()}, arguments.repeats)
+    softmax = min((name for name in runnable if name.startswith("sdpa")), key=times.median, default=None)
     density = block_density(case) if case.mode != "decode" else {}
     share = values_read(case)
     for entry in results:
-        if entry["peer"] not in times:
+        if entry["peer"] not in runnable:
             continue
         entry.update(density)
-        entry["ms"] = times[entry["peer"]]
+        entry["ms"] = 1e3 * times.median(entry["peer"])
+        if softmax is not None:
+            ratio = times.ratio(entry["peer"], softmax)
+            entry["vs_sdpa"] = {"median": ratio.median, "low": ratio.low, "high": ratio.high}
         entry["tflops"] = causal_flops(case) / entry["ms"] / 1e9
         if share is not None and entry["peer"] == "triton":
             entry["values_read"] = share
@@ -182,12 +192,10 @@ def environment(device: str) -> dict[str, str]:
     return found
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; its defaults are the table of docs/benchmarks.md for the device at hand."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="lazypipe bench kernels", description=__doc__.split("\n")[0] if __doc__ else ""
-    )
+    parser = Parser("kernels", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
@@ -213,70 +221,64 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--one-peak", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
-def refusal(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with a request, in one line and before anything is timed; None when nothing is."""
-    for name in ("length", "head_dim", "window", "batch", "heads", "threads", "repeats", "input_sets"):
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value < 1:
-                return f"--{name.replace('_', '-')} is {value}; expected at least 1"
-    for share in arguments.steep_share:
+def check(options: argparse.Namespace) -> None:
+    """UserError for what is wrong with a request, before anything is timed."""
+    sizes = ("length", "head_dim", "window", "batch", "heads", "threads", "repeats", "input_sets")
+    check_at_least(options, **dict.fromkeys(sizes, 1))
+    for share in options.steep_share:
         if not 0 <= share <= 1:
-            return f"--steep-share is {share}; expected 0 to 1, the share of heads that attend locally"
-    if arguments.matmul_tflops is not None and not arguments.matmul_tflops > 0:
-        return f"--matmul-tflops is {arguments.matmul_tflops}; expected a positive number"
-    for name in arguments.peer:
+            raise UserError(f"--steep-share {share}: expected 0 to 1, the share of heads that attend locally")
+    if options.matmul_tflops is not None and not options.matmul_tflops > 0:
+        raise UserError(f"--matmul-tflops {options.matmul_tflops}: expected a positive number")
+    for name in options.peer:
         try:
             outside_peer(name)
         except (ImportError, AttributeError, ValueError) as error:
-            return f"--peer {name}: {error}"
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-            return f"{option} {path} cannot be written; give a file in a folder that exists and is writable"
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        return "--plot needs matplotlib; install it or leave --plot out"
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        return "device is cuda and no GPU is visible; use --device cpu"
-    return None
+            raise UserError(f"--peer {name}: {error}") from error
+    check_writable("--json", options.json)
+    check_writable("--plot", options.plot)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib; install it or leave --plot out")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible; use --device cpu")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark, prints the table, writes JSON and plot where asked. Returns 0, or 2 for a bad request."""
-    arguments = parse(argv)
-    if arguments.one_peak:
-        fields, name, outside = json.loads(arguments.one_peak)
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every combination that is asked for, in the table's order."""
+    sizes = (options.mode, options.head_dim, options.window, options.length, options.steep_share)
+    for mode, head_dim, window, length, share in itertools.product(*sizes):
+        yield Case(
+            mode, options.batch, options.heads, length, head_dim, window, share, options.dtype, options.device,
+            options.threads,
+        )  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark, print the table, write JSON and plot where asked. UserError for a bad request."""
+    options = parse(arguments)
+    if options.one_peak:
+        fields, name, outside = json.loads(options.one_peak)
         print(one_peak(Case(**fields), name, outside))
         return 0
-    wrong = refusal(arguments)
-    if wrong is not None:
-        print(wrong, file=sys.stderr)
-        return 2
-    torch.set_num_threads(arguments.threads)
-    bound = arguments.matmul_tflops or matmul_tflops(DTYPES[arguments.dtype], arguments.device)
+    check(options)
+    torch.set_num_threads(options.threads)
+    bound = options.matmul_tflops or matmul_tflops(DTYPES[options.dtype], options.device)
     results: list[dict[str, Any]] = []
-    for mode in arguments.mode:
-        for head_dim in arguments.head_dim:
-            for window in arguments.window:
-                for length in arguments.length:
-                    for share in arguments.steep_share:
-                        case = Case(
-                            mode, arguments.batch, arguments.heads, length, head_dim, window, share, arguments.dtype,
-                            arguments.device, arguments.threads,
-                        )  # fmt: skip
-                        if arguments.tune and arguments.device == "cuda" and share == arguments.steep_share[0]:
-                            from lazypipe.kernels.gpu.tuning import tune
+    for case in cases(options):
+        if options.tune and options.device == "cuda" and case.steep_share == options.steep_share[0]:
+            from lazypipe.kernels.gpu.tuning import tune
 
-                            tune(case_inputs(case._replace(mode="train"), 0)[:5])
-                        results += run_case(case, arguments)
-    record = {"environment": environment(arguments.device), "matmul_tflops": bound, "results": results}
+            tune(case_inputs(case._replace(mode="train"), 0)[:5])
+        results += run_case(case, options)
+    record = {"environment": environment(options.device), "matmul_tflops": bound, "results": results}
     print(format_table(record))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    if arguments.plot:
-        write_plot(record, arguments.plot)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if options.plot:
+        write_plot(record, options.plot)
     return 0
 
 
@@ -284,9 +286,8 @@ def matmul_tflops(dtype: torch.dtype, device: str) -> float:
     """TFLOP/s of a large square product here and now: the bound that shares are taken of."""
     size = 8192 if device == "cuda" else 2048
     x = torch.randn(size, size, device=device).to(dtype)
-    milliseconds = interleaved_medians({"matmul": [lambda: x @ x]}, 10, device)["matmul"]
-    return 2.0 * size**3 / milliseconds / 1e9
+    return 2.0 * size**3 / interleaved({"matmul": timed(lambda: x @ x, device)}, 10).median("matmul") / 1e12
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -28,7 +27,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from lazypipe.pipeline.bench.options import Parser, check_at_least, check_writable, exit_code
 from lazypipe.pipeline.bench.pretrain_loops import bare_loop, compute_device, random_corpus, synchronise, trainer_loop
+from lazypipe.pipeline.bench.timing import Ratio, Timings
 from lazypipe.stages.contract import Context, UserError
 from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
@@ -46,7 +47,7 @@ class TurnsContext(Context):
 
     def prepare(self, turn_steps: int, others: Mapping[str, Callable[[], float]], clock: Clock) -> None:
         self.turn_steps, self.others, self.clock = turn_steps, others, clock
-        self.times: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
+        self.rounds: list[dict[str, float]] = []
         self.numbers: list[Mapping[str, float]] = []
         self.began = math.nan
 
@@ -56,9 +57,8 @@ class TurnsContext(Context):
         if step % self.turn_steps:
             return
         synchronise()
-        self.times["ours"].append(self.clock() - self.began)
-        for name, turn in self.others.items():
-            self.times[name].append(turn())
+        seconds = self.clock() - self.began
+        self.rounds.append({"ours": seconds, **{name: turn() for name, turn in self.others.items()}})
         self.began = self.clock()
 
 
@@ -90,7 +90,9 @@ def compare(
     if apart > 1e-3:
         raise RuntimeError(f"the bare loop's losses are {apart:g} from ours: the loops train different things")
     # The first turn warms up; the last one's end holds the final validation and checkpoint.
-    times = {name: seconds[WARM_UP_TURNS:-1] for name, seconds in context.times.items()}
+    times = Timings()
+    for one_round in context.rounds[WARM_UP_TURNS:-1]:
+        times.add(one_round)
     counted = context.numbers[WARM_UP_TURNS * turn_steps : -turn_steps]
     seconds = sum(numbers["step_seconds"] for numbers in counted)
     waited = sum(numbers["data_wait"] * numbers["step_seconds"] for numbers in counted)
@@ -99,37 +101,17 @@ def compare(
         "mixer": config.model.mixer,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "turns": len(times["ours"]),
+        "turns": len(times.seconds["ours"]),
         "steps_per_turn": turn_steps,
-        "tokens_per_s": {name: tokens / statistics.median(values) for name, values in times.items()},
-        "ratio_of_ours": {name: ratio(times["ours"], times[name]) for name in others},
+        "tokens_per_s": {name: tokens / times.median(name) for name in times.seconds},
+        "ratio_of_ours": {name: times.ratio("ours", name)._asdict() for name in others},
         "data_wait": waited / seconds,
         "largest_loss_difference": apart,
     }
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Our time / theirs by turn, sorted (`all`): median, and a 95 % interval of it; below 1 ours is faster."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    rank = interval_rank(len(ratios))
-    return {"median": statistics.median(ratios), "low": ratios[rank - 1], "high": ratios[-rank], "all": ratios}
-
-
-def interval_rank(count: int) -> int:
-    """The k for which the k-th smallest and k-th largest of `count` values enclose their median with 95 % confidence.
-
-    From the sign test, so nothing is assumed of the distribution: P(Binomial(count, 1/2) < k) <= 2.5 %. At least 1.
-    """
-    rank, below = 0, 0.0
-    while (below := below + math.comb(count, rank) / 2**count) <= 0.025:
-        rank += 1
-    return max(1, rank)
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lazypipe bench pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("pretrain", __doc__)
     parser.add_argument("--mixer", nargs="+", default=["standard"], help="mechanisms, one row each")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
@@ -149,12 +131,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-trainer", action="store_true", help="leave transformers.Trainer out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     options = parser.parse_args(arguments)
-    for name in ("turns", "steps", "vocab_size", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+    check_at_least(options, turns=1, steps=1, vocab_size=1, threads=1)
+    check_writable("--json", options.json)
     if options.clock == "cpu" and torch.cuda.is_available():
         raise UserError("--clock cpu: a GPU computes here, whose time it does not see; leave it out")
     missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
@@ -208,8 +186,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def written(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+    return "" if found is None else Ratio(**found).text(3)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -15,15 +15,16 @@ Shakespeare's plays cut at blank lines into documents of about 4 KB, each copy n
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
-import statistics
+import secrets
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -31,178 +32,21 @@ from pathlib import Path
 from typing import Any
 
 from lazypipe.pipeline.bench.memory_watch import MemoryWatch
-from lazypipe.stages.contract import Context, UserError, file_sha256
-from lazypipe.stages.data.source_files import embedded_paths
+from lazypipe.pipeline.bench.options import Parser, check_at_least, check_writable, exit_code
+from lazypipe.pipeline.bench.timing import interleaved
+from lazypipe.pipeline.bench.tokenization_loops import (
+    MapFunction,
+    Ours,
+    documents,
+    encode_raw,
+    encode_with_datasets,
+    write_corpus,
+)
+from lazypipe.pipeline.execution.backends import map_with_ray
+from lazypipe.stages.contract import Context
 from lazypipe.stages.tokenization.config import TokenizeConfig
-from lazypipe.stages.tokenization.encode import Coder
-from lazypipe.stages.tokenization.filters import filter_documents
-from lazypipe.stages.tokenization.passes import encode_corpus, scan_corpus
-from lazypipe.stages.tokenization.split import choose_validation
 from lazypipe.stages.tokenization.stage import run
-from lazypipe.stages.tokenization.tokenizer import TRAINED_EOS, train_tokenizer
-
-MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-_DOCUMENT_CHARACTERS = 4000
-_BATCH_CHARACTERS = 2**20  # of the raw encoders: they too must not hold all encodings at once
-
-
-def documents() -> list[str]:
-    """The plays as documents of about 4 KB, cut at blank lines."""
-    found, document = [], ""
-    for path in embedded_paths():
-        for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
-            document += paragraph + "\n\n"
-            if len(document) >= _DOCUMENT_CHARACTERS:
-                found.append(document)
-                document = ""
-    return [*found, document]
-
-
-def write_corpus(path: Path, megabytes: float) -> int:
-    """A jsonl file of at least so many MB (10^6 bytes) of text; returns the bytes of text."""
-    texts = documents()
-    written = copy = 0
-    with path.open("w", encoding="utf-8") as file:
-        while written < megabytes * 1e6:
-            for text in texts:
-                numbered = f"[{copy}] {text}"
-                file.write(json.dumps({"text": numbered}) + "\n")
-                written += len(numbered.encode())
-                if written >= megabytes * 1e6:
-                    break
-            copy += 1
-    return written
-
-
-@functools.lru_cache(maxsize=1)
-def _texts(corpus: str) -> list[str]:
-    with Path(corpus).open(encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
-
-
-@functools.lru_cache(maxsize=1)
-def _raw_encoder(tokenizer_json: str) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(tokenizer_json)
-
-
-def encode_raw(corpus: str, tokenizer_json: str, share: int, shares: int, threads: int) -> tuple[int, float]:
-    """(tokens, seconds) of one process with its share of the texts; loading them and the encoder is not timed.
-
-    The encoder is kept from round to round, as ours is: each new one would be slower than the last.
-    """
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    texts = _texts(corpus)[share::shares]
-    tokenizer = _raw_encoder(tokenizer_json)
-    began = time.perf_counter()
-    tokens = size = 0
-    batch: list[str] = []
-    for number, text in enumerate(texts, start=1):
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS or number == len(texts):
-            tokens += sum(len(e.ids) for e in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
-            batch, size = [], 0
-    return tokens, time.perf_counter() - began
-
-
-def encode_with_datasets(corpus: str, tokenizer_json: str, folder: str, processes: int, customary: bool) -> float:
-    """Seconds of map and save_to_disk. customary: with transformers' tokenizer, as its examples have it."""
-    import datasets
-    from tokenizers import Tokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    datasets.disable_progress_bars()
-    loaded = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=f"{folder}/cache")
-    tokenizer: Any = Tokenizer.from_file(tokenizer_json)
-    eos = tokenizer.token_to_id(TRAINED_EOS)
-    if customary:
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_json)
-
-    def encode(rows: dict[str, list[str]]) -> Any:
-        if customary:
-            return tokenizer(rows["text"])
-        encodings = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
-        return {"input_ids": [[*encoding.ids, eos] for encoding in encodings]}
-
-    with tempfile.TemporaryDirectory(dir=folder) as target:
-        began = time.perf_counter()
-        mapped = loaded.map(
-            encode, batched=True, num_proc=processes, remove_columns=["text"], load_from_cache_file=False
-        )
-        mapped.save_to_disk(f"{target}/saved", num_proc=processes)
-        seconds = time.perf_counter() - began
-        for file in mapped.cache_files:
-            Path(file["filename"]).unlink(missing_ok=True)
-    return seconds
-
-
-def _wake(number: int) -> int:
-    """A task of which a free worker takes the next, so that all have imported what encoding needs."""
-    import tokenizers  # noqa: F401
-
-    time.sleep(0.2)
-    return number
-
-
-class Ours:
-    """The stage's encode pass on a corpus that was hashed before, and the whole stage."""
-
-    def __init__(self, corpus: Path, tokenizer_json: Path, folder: Path, map_function: MapFunction, processes: int):
-        self.folder, self.map_function, self.processes = folder, map_function, processes
-        self.config = TokenizeConfig.model_validate(
-            {
-                "source": {"kind": "files", "paths": [str(corpus)]},
-                "tokenizer": {"kind": "file", "path": str(tokenizer_json)},
-                "shard_bytes": corpus.stat().st_size // 8 + 1,  # 8 units: as many for each of 1, 2, 4 or 8 workers
-            }
-        )
-        context = self._context(folder / "scanned")
-        self.corpus = scan_corpus(self.config, context)
-        sizes, digests = self.corpus.column("sizes"), self.corpus.column("digests")
-        self.sizes = filter_documents(self.config.filters, digests, sizes, self.corpus.column("chars")).sizes
-        self.split = choose_validation(digests, self.sizes, self.config.validation_fraction)
-        from tokenizers import Tokenizer
-
-        tokenizer: Any = Tokenizer.from_file(str(tokenizer_json))
-        self.coder = Coder(
-            tokenizer_json,
-            file_sha256(tokenizer_json),
-            tokenizer.token_to_id(TRAINED_EOS),
-            TRAINED_EOS,
-            tokenizer.get_vocab_size(),
-            "uint16",
-        )
-
-    def encode(self) -> tuple[int, float]:
-        """(tokens without EOS, seconds) of the encode pass into a fresh folder."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as fresh:
-            context = self._context(Path(fresh))
-            # Ray ends workers that were idle for a second: starting them again, 1 s a round, is not encoding.
-            list(context.map(_wake, range(2 * self.processes)))
-            began = time.perf_counter()
-            encoded = encode_corpus(self.config, self.corpus, self.sizes, self.split, self.coder, context)
-            seconds = time.perf_counter() - began
-        parts = [part for split in encoded.splits.values() for part in split]
-        return sum(part.tokens - part.documents for part in parts), seconds
-
-    def stage(self) -> float:
-        """Seconds of the whole stage in a fresh folder."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as fresh:
-            context = self._context(Path(fresh))
-            began = time.perf_counter()
-            run(self.config, {}, context)
-            return time.perf_counter() - began
-
-    def _context(self, folder: Path) -> Context:
-        context = Context(folder / "output", folder / "scratch", map_function=self.map_function)
-        for directory in (context.output_dir, context.scratch_dir):
-            directory.mkdir(parents=True)
-        return context
+from lazypipe.stages.tokenization.tokenizer import train_tokenizer
 
 
 def throughput(options: argparse.Namespace, folder: Path, map_function: MapFunction) -> dict[str, Any]:
@@ -236,23 +80,24 @@ def throughput(options: argparse.Namespace, folder: Path, map_function: MapFunct
         kinds = {"datasets": False, "customary": True} if find_spec("transformers") else {"datasets": False}
         for customary in kinds.values():
             with_datasets(customary)
-        seconds: dict[str, list[float]] = {name: [] for name in ("ours", "raw_1x2", "raw_2x1", *kinds, "stage")}
-        for _ in range(options.repeats):
-            seconds["ours"].append(ours.encode()[1])
-            seconds["raw_1x2"].append(raw_threads()[1])
-            seconds["raw_2x1"].append(raw_processes()[1])
-            for name, customary in kinds.items():
-                seconds[name].append(with_datasets(customary))
-            seconds["stage"].append(ours.stage())
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        measures: dict[str, Callable[[], float]] = {
+            "ours": lambda: ours.encode()[1],
+            "raw_1x2": lambda: raw_threads()[1],
+            "raw_2x1": lambda: raw_processes()[1],
+            **{name: partial(with_datasets, customary) for name, customary in kinds.items()},
+            "stage": ours.stage,
+        }
+        times = interleaved(measures, options.repeats, warm_up=0)
+    faster = min(("raw_1x2", "raw_2x1"), key=times.median)
+    ratios = {"raw": times.ratio(faster, "ours"), **{name: times.ratio(name, "ours") for name in kinds}}
     return {
         "megabytes": size / 1e6,
         "tokens": counts.pop(),
         "units": len(ours.corpus.units),
-        "seconds": seconds,
-        "mb_per_s": {name: size / 1e6 / median for name, median in medians.items()},
-        "ours_over_raw": min(medians["raw_1x2"], medians["raw_2x1"]) / medians["ours"],
-        **{f"ours_over_{name}": medians[name] / medians["ours"] for name in kinds},
+        "seconds": times.seconds,
+        "mb_per_s": {name: size / 1e6 / times.median(name) for name in measures},
+        **{f"ours_over_{name}": ratio.median for name, ratio in ratios.items()},
+        "intervals": {name: [ratio.low, ratio.high] for name, ratio in ratios.items()},
     }
 
 
@@ -279,9 +124,7 @@ def memory(megabytes: float, vocab_size: int, folder: Path, map_function: MapFun
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lazypipe bench tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("tokenize", __doc__)
     parser.add_argument("--megabytes", type=float, default=24, help="text to encode in each round")
     parser.add_argument("--vocab-size", type=int, default=16_384)
     parser.add_argument("--processes", type=int, default=2, help="workers of every loop")
@@ -291,13 +134,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    for name, least in (("megabytes", 1), ("vocab_size", 257), ("processes", 1), ("repeats", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-    if options.memory is not None and min(options.memory) < 1:
-        raise UserError(f"--memory {min(options.memory):g}: must be at least 1")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: {options.json.parent} is no folder; create it first")
+    check_at_least(options, megabytes=1, vocab_size=257, processes=1, repeats=1, memory=1)
+    check_writable("--json", options.json)
     return options
 
 
@@ -340,10 +178,34 @@ def bench(options: argparse.Namespace, map_function: MapFunction, start_s: float
     for key in found["seconds"]:
         rounds = " ".join(f"{value:.2f}" for value in found["seconds"][key])
         print(f"{labels[key]:<52} {found['mb_per_s'][key]:>7.2f}  {rounds}")
-    prefix = "ours_over_"
-    ratios = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-    print("   ".join(f"ours / {name} {value:.2f}" for name, value in ratios.items()))
+    print(
+        "   ".join(
+            f"ours / {name} {found[f'ours_over_{name}']:.2f} ({low:.2f}-{high:.2f})"
+            for name, (low, high) in found["intervals"].items()
+        )
+    )
     return {**about, **found}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start Ray, whose tasks are the stage's workers as in the pipeline; measure, print; --json writes the numbers."""
+    options = parse(arguments)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (15 by default: no loop is to be nicer)
+    os.environ.pop("RAY_ADDRESS", None)
+    began = time.perf_counter()
+    import ray
+
+    ray.init(address="local", num_cpus=options.processes, include_dashboard=False, logging_level="WARNING")
+    start_s = time.perf_counter() - began
+    try:
+        found = bench(options, map_with_ray, start_s)
+    finally:
+        ray.shutdown()
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def _cpu_model() -> str:
@@ -353,3 +215,7 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

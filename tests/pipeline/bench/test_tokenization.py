@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lazypipe.pipeline.bench.memory_watch import MemoryWatch
-from lazypipe.pipeline.bench.tokenization import Ours, documents, encode_raw, parse, write_corpus
+from lazypipe.pipeline.bench.tokenization import parse
+from lazypipe.pipeline.bench.tokenization_loops import Ours, documents, encode_raw, write_corpus
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.tokenizer import train_tokenizer
 

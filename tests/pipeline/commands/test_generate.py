@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.transformer import Transformer
-from lazypipe.pipeline.bench.generate import bench_generate
+from lazypipe.pipeline.bench import generate as generate_bench
 from lazypipe.pipeline.cli import app
 from lazypipe.pipeline.commands.generate import GrowingText
 from lazypipe.stages.contract import UserError
@@ -187,7 +187,7 @@ def test_a_baseline_is_refused_without_cuda(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mixer=gla computes with CUDA kernels"):
         said(tmp_path / "gla", TEXT)
     with pytest.raises(UserError, match="mixer=gla computes with CUDA kernels"):
-        bench_generate([str(tmp_path / "gla")])
+        generate_bench.main([str(tmp_path / "gla")])
 
 
 def test_an_experiment_and_a_variant_name_a_stored_model(finished_run: FinishedRun, tmp_path: Path) -> None:
