@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import OldKeyWarning, UserError
 
 app = typer.Typer(
     name="lazypipe",
@@ -306,8 +309,16 @@ def bench(
     raise typer.Exit(importlib.import_module(f"lazypipe.pipeline.bench.{module}").main(context.args))
 
 
+def _format_warning(python_format: Callable[..., str], message: Any, category: Any, *place: Any, **line: Any) -> str:
+    """As Python does, but hints on old keys are one plain line."""
+    if issubclass(category, OldKeyWarning):
+        return f"hint: {message}\n"
+    return python_format(message, category, *place, **line)
+
+
 def main() -> NoReturn:
     """Entry point of `lazypipe` and `python -m lazypipe`."""
+    warnings.formatwarning = functools.partial(_format_warning, warnings.formatwarning)
     try:
         app()
     except UserError as refusal:

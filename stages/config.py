@@ -7,7 +7,7 @@ locations): it is recorded in the manifest and left out of the recipe's fingerpr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,17 @@ class StageConfig(BaseModel):
     """Base of all configs: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {}  # dotted names that files may still use -> the names of today
+
+    @classmethod
+    def with_new_keys(cls, fields: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+        """A section's `fields` under the names of today; those with OLD_KEYS say how.
+
+        section: of a variant's own fields, the section of all variants, already under the names of today; else empty.
+        """
+        del section
+        return dict(fields)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,6 +58,10 @@ class UserError(ValueError):
     """Something the user can fix: names the object, the value, what was expected and what to do. Exit code 2."""
 
 
+class OldKeyWarning(FutureWarning):
+    """A key of an experiment file has another name now; the message gives the new spelling."""
+
+
 class Interrupted(Exception):  # noqa: N818  (an outcome, not an error)
     """The stage was asked to stop; it has saved what it needs to go on later."""
 

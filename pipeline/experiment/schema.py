@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 
 from lazypipe.model.config import BASELINES, ModelConfig
 from lazypipe.pipeline.experiment.document import Document, apply_overrides, nearest, read_document
+from lazypipe.pipeline.experiment.old_keys import with_new_keys
 from lazypipe.pipeline.experiment.validation import check, check_keys
 from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import UserError
@@ -148,7 +149,7 @@ def compose(document: Document) -> Experiment:
     seed = document.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed: expected a non-negative integer, found {seed!r}")
-    document = _absolute_paths(document)
+    document = with_new_keys(_absolute_paths(document))
     tokenize = check(TokenizeConfig, _section(document, "tokenize"), "tokenize")
     variants = _section(document, "variants")
     if not variants:

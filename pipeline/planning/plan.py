@@ -236,6 +236,10 @@ def explain(node: Node, store: Store) -> list[str]:
         version: int = node.config.STAGE_VERSION  # type: ignore[attr-defined]
         if manifest.get("stage_version", version) != version:
             changed.append(f"{node.stage}: STAGE_VERSION {manifest['stage_version']} -> {version}")
+        for old_key, new_key in type(node.config).OLD_KEYS.items():
+            if f"config.{old_key}" in before:
+                changed.append(f"{node.stage}.{old_key} is now {node.stage}.{new_key}, another recipe")
+                before.setdefault(f"config.{new_key}", before.pop(f"config.{old_key}"))
         for key in sorted(now.keys() | before.keys()):
             old, new = before.get(key, defaults.get(key)), now.get(key, defaults.get(key))
             if _comparable(old) != _comparable(new):

@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from lazypipe.stages.config import Seed, StageConfig, operational
 from lazypipe.stages.evaluate.benchmarks.suites import expand
 
+SAME_TOKENS = 65_536  # of files that ask for `extrapolation.lengths` without a number of tokens
+
 
 class ExtrapolationConfig(StageConfig):
-    """Perplexity by context length and position, every length over the same tokens; beside `context_lengths`."""
+    """Perplexity by context length; with `same_tokens` also by position, every length over the same tokens."""
 
-    lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (), description="context lengths in tokens; none: not measured. Beyond seq_len counts as extrapolation"
+    context_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (64, 128, 256, 512),
+        min_length=1,
+        description="perplexity is measured at each, in tokens; beyond max_seq_len counts as extrapolation",
+    )
+    same_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="also score the first so many validation tokens at every length, the same ones, by position; null: "
+        "only windows spread over the split",
     )
     stride: int | None = Field(
         None,
         gt=0,
-        description="also slide each window by so many tokens, scoring only what is new (at least length - stride of "
-        "context); null: only windows side by side",
+        description="of `same_tokens`: also slide each window by so many tokens, scoring only what is new (at least "
+        "length - stride of context); null: only windows side by side",
     )
     position_buckets: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (), description="last positions of the position buckets; default: 1, 2, 4, 8, ... and the trained length"
+        (),
+        description="of `same_tokens`: last positions of the position buckets; default: 1, 2, 4, 8, ... and the "
+        "trained length",
     )
-    max_tokens: int = Field(65_536, gt=0, description="validation tokens scored per context length, at most")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(f"lengths={list(self.lengths)} names something twice; leave the second away")
+        if len(set(self.context_lengths)) < len(self.context_lengths):
+            raise ValueError(
+                f"context_lengths={list(self.context_lengths)} names something twice; leave the second away"
+            )
         if sorted(set(self.position_buckets)) != list(self.position_buckets):
             raise ValueError(
                 f"position_buckets={list(self.position_buckets)} does not increase; give the last position of each"
             )
+        for name in ("stride", "position_buckets"):
+            if getattr(self, name) and self.same_tokens is None:
+                raise ValueError(
+                    f"{name}={_written(getattr(self, name))} is of the tokens that every length scores; say how many "
+                    f"with same_tokens, for example same_tokens: {SAME_TOKENS}, or remove it"
+                )
         return self
+
+
+def _written(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 ProbeKind = Literal["recall", "needle", "induction", "copy"]
@@ -105,12 +129,12 @@ class EvaluateConfig(StageConfig):
     """Held-out loss, continuations and benchmarks of a trained model."""
 
     STAGE_VERSION: ClassVar[int] = 1
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {
+        "context_lengths": "extrapolation.context_lengths",
+        "extrapolation.lengths": "extrapolation.context_lengths",
+        "extrapolation.max_tokens": "extrapolation.same_tokens",
+    }
 
-    context_lengths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (64, 128, 256, 512),
-        min_length=1,
-        description="perplexity is measured at each; beyond max_seq_len counts as extrapolation",
-    )
     max_tokens: int = Field(65_536, gt=0, description="validation tokens scored per context length, at most")
     prompts: tuple[str, ...] = Field(
         ("The king", "My lord,", "Once upon a time"), description="each is continued greedily and by sampling"
@@ -126,14 +150,42 @@ class EvaluateConfig(StageConfig):
         "variants leave this out unless they name it themselves, which is refused",
     )
     batch_tokens: int = operational(8192, gt=0, description="tokens per forward pass")
-    extrapolation: ExtrapolationConfig = Field(ExtrapolationConfig(), description="perplexity by length and position")
+    extrapolation: ExtrapolationConfig = Field(
+        ExtrapolationConfig(), description="perplexity by context length and position"
+    )
     probes: ProbesConfig = Field(ProbesConfig(), description="retrieval probes")
+
+    @classmethod
+    def with_new_keys(cls, fields: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+        """Make one list of `context_lengths` and `extrapolation.lengths`, which were two measures with a list each.
+
+        The second was scored over the same `extrapolation.max_tokens` tokens at every length, the first never: files
+        that ask for both get every number they got.
+        """
+        new = {key: value for key, value in fields.items() if key != "context_lengths"}
+        extrapolation = fields.get("extrapolation", section.get("extrapolation", {}))
+        if not isinstance(extrapolation, Mapping):
+            return dict(fields)
+        merged = {key: value for key, value in extrapolation.items() if key not in ("lengths", "max_tokens")}
+        shared = (section.get("extrapolation") or {}).get("context_lengths")
+        asked = fields.get("context_lengths", merged.get("context_lengths", shared))
+        same = extrapolation.get("lengths")
+        if same:
+            if asked is None:
+                asked = list(ExtrapolationConfig().context_lengths)
+            both = isinstance(asked, list) and isinstance(same, list)
+            asked = [*asked, *(length for length in same if length not in asked)] if both else same
+            merged.setdefault("same_tokens", extrapolation.get("max_tokens", SAME_TOKENS))
+        if isinstance(asked, list):
+            asked = [length for number, length in enumerate(asked) if length not in asked[:number]]
+        if asked is not None:
+            merged["context_lengths"] = asked
+        return new | {"extrapolation": merged}
 
     def window_lengths(self) -> list[tuple[str, int]]:
         """Every length of text that passes through the model at once, with the key that asks for it."""
         fields = {
-            "context_lengths": self.context_lengths,
-            "extrapolation.lengths": self.extrapolation.lengths,
+            "extrapolation.context_lengths": self.extrapolation.context_lengths,
             "probes.lengths": self.probes.lengths,
         }
         return [(f"evaluate.{key}", length) for key, lengths in fields.items() for length in lengths]

@@ -1,14 +1,17 @@
 """Perplexity by context length and by position: what longer context is worth, and where a model stops to follow.
 
-All lengths score the same predictions, the first `max_tokens` of the validation split: windows of L tokens stand side
+All lengths score the same predictions, the first `same_tokens` of the validation split: windows of L tokens stand side
 by side, the last one reaches back so that it ends with the text and scores only what the one before has not. So every
 prediction is scored exactly once at every length, and lengths can be compared token by token. Sliding windows move by a
 stride s < L and score their last s predictions (the first window all): each has at least L - s tokens of context, at
 L / s times the cost. With s = L the two are the same.
 
 The position of a prediction is the number of tokens it is made from, 1 ... L. The buckets of positions end at powers of
-two and at the trained length, so that none holds positions on both sides of it. evaluate's `context_lengths` are an
-older measure beside this one: there, windows are spread over the split and each length drops a remainder of its own.
+two and at the trained length, so that none holds positions on both sides of it.
+
+perplexity.py measures the same lengths over windows that are spread over the split: the numbers to quote for a length,
+as they are of the whole split and, with document_masking, within documents; there each length drops a remainder of its
+own, so that two lengths are not compared over the same tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Window(NamedTuple):
 
 def measure(
     config: ExtrapolationConfig,
+    same_tokens: int,
     model: LanguageModel,
     shards: TokenShards,
     trained_length: int,
@@ -47,14 +51,15 @@ def measure(
     device: torch.device,
     context: Context,
 ) -> dict[str, float]:
-    """Score every length; writes tables/extrapolation, tables/positions and figures/extrapolation.
+    """Score the first `same_tokens` predictions, at least those of the longest window, at every length.
 
-    Returns extrapolation/<length>, the perplexity, and extrapolation_sliding/<length> with a stride.
+    Writes tables/extrapolation, tables/positions and figures/extrapolation. Returns extrapolation/<length>, the
+    perplexity, and extrapolation_sliding/<length> with a stride.
     At most about `batch_tokens` tokens pass through the model at once, and the logits of 64 MiB exist at a time.
     """
-    predictions = min(shards.num_tokens - 1, max(config.max_tokens, *config.lengths))
+    predictions = min(shards.num_tokens - 1, max(same_tokens, *config.context_lengths))
     plans = []
-    for length in config.lengths:
+    for length in config.context_lengths:
         plans.append((length, length))
         if config.stride is not None and config.stride < length:
             plans.append((length, config.stride))

@@ -61,13 +61,14 @@ def measure(
     trained_length: int,
     context: Context,
 ) -> tuple[dict[str, float], int]:
-    """Score config.context_lengths and the trained length, there also every one of config.ablations.
+    """Score config.extrapolation.context_lengths and the trained length, there also every one of config.ablations.
 
     Writes tables/context_lengths and, with ablations, tables/ablations. Returns the metrics and how many tokens the
     headline numbers are made from. bytes_of_token [V]: text behind each token id. eos_id: of a model trained with
     document_masking, else None. At most about config.batch_tokens tokens pass through the model at once.
     """
-    lengths = [trained_length, *(length for length in config.context_lengths if length != trained_length)]
+    asked = config.extrapolation.context_lengths
+    lengths = [trained_length, *(length for length in asked if length != trained_length)]
     windows = {length: validation_windows(shards, length, max(1, config.max_tokens // length)) for length in lengths}
     total = sum(length * len(windows[length]) for length in [*lengths, *[trained_length] * len(config.ablations)])
     done = 0
@@ -93,7 +94,7 @@ def measure(
     context.progress(total, total, "tokens")
 
     max_seq_len = model.config.max_seq_len
-    rows = [row(length, scores[length], max_seq_len) for length in config.context_lengths]
+    rows = [row(length, scores[length], max_seq_len) for length in asked]
     context.log_table("context_lengths", rows)
     if reduced:
         rows = [{"ablation": name, **row(trained_length, score, max_seq_len)} for name, score in reduced.items()]
@@ -103,7 +104,7 @@ def measure(
         "validation_loss": headline.loss,
         "perplexity": headline.perplexity,
         "bits_per_byte": headline.bits_per_byte,
-        **{f"perplexity_at/{length}": scores[length].perplexity for length in config.context_lengths},
+        **{f"perplexity_at/{length}": scores[length].perplexity for length in asked},
         **{f"validation_loss/{name}": score.loss for name, score in reduced.items()},
         **{f"perplexity/{name}": score.perplexity for name, score in reduced.items()},
     }

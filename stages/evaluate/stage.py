@@ -37,7 +37,9 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     shards = TokenShards(corpus.path / "validation")
     corpus_facts, training = TokenizeFacts.read(corpus.manifest), PretrainFacts.read(trained.manifest)
     trained_length = training.seq_len
-    refuse_missing_windows(shards, [("evaluate.context_lengths", trained_length), *config.window_lengths()])
+    refuse_missing_windows(
+        shards, [("evaluate.extrapolation.context_lengths", trained_length), *config.window_lengths()]
+    )
     tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
     table = token_byte_counts(tokenizer_json, corpus_facts.vocab_size)
     usable = usable_tokens(shards, table) if config.probes.lengths else None
@@ -62,17 +64,18 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     scale = byte_scale(table, shards, corpus_facts.splits["validation"].bytes)
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
     eos_id = checkpoint.eos_id if training.document_masking else None
-    if eos_id is not None and (config.extrapolation.lengths or usable is not None):
+    if eos_id is not None and (config.extrapolation.same_tokens or usable is not None):
         context.warn(
-            "trained with document_masking, but extrapolation and probes read on across document borders: compare them "
-            "with each other, not with perplexity_at"
+            "trained with document_masking, but extrapolation over the same tokens and probes read on across document "
+            "borders: compare them with each other, not with perplexity_at"
         )
     where = (trained_length, config.batch_tokens, device, context)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         metrics, tokens = perplexity.measure(config, model, shards, bytes_of_token, eos_id, trained_length, context)
         context.log_table("continuations", continue_prompts(config, checkpoint, tokenizer_json))
-        if config.extrapolation.lengths:
-            metrics |= length_extrapolation.measure(config.extrapolation, model, shards, *where)
+        same_tokens = config.extrapolation.same_tokens
+        if same_tokens is not None:
+            metrics |= length_extrapolation.measure(config.extrapolation, same_tokens, model, shards, *where)
         if usable is not None:
             metrics |= probes.measure(config.probes, model, shards, usable, *where)
     scored = benchmarks.run_tasks(config, checkpoint, tokenizer_json, context) if config.tasks else None

@@ -20,7 +20,7 @@ from lazypipe.model.config import ModelConfig
 from lazypipe.model.loss import next_token_loss
 from lazypipe.stages.contract import Artifact, Interrupted
 from lazypipe.stages.evaluate import stage as evaluate
-from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
@@ -101,7 +101,13 @@ def through_the_stages(mixer: str, folder: Path) -> dict[str, Any]:
     weights = [load_file(context.output_dir / "checkpoint" / "model.safetensors") for context in (whole, stopped)]
     manifest = {"facts": outputs.facts.to_json(), "metrics": outputs.metrics, "config": config.model_dump(mode="json")}
     inputs = {"tokenize": corpus, "pretrain": Artifact(whole.output_dir, manifest)}
-    asked = EvaluateConfig(context_lengths=(16,), max_tokens=32, prompts=("the",), max_new_tokens=3, batch_tokens=32)
+    asked = EvaluateConfig(
+        extrapolation=ExtrapolationConfig(context_lengths=(16,)),
+        max_tokens=32,
+        prompts=("the",),
+        max_new_tokens=3,
+        batch_tokens=32,
+    )
     scores = evaluate.run(asked, inputs, context_in(folder / "evaluate"))
     analysed = sparsity.run(SparsityConfig(windows=1, seq_len=16), inputs, context_in(folder / "sparsity"))
     continued = json.loads((folder / "evaluate" / "output" / "tables" / "continuations.json").read_text())

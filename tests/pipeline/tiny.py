@@ -26,7 +26,7 @@ variants:
   standard: {{mixer: standard}}
 pretrain: {{steps: 60, seq_len: 32, tokens_per_step: 256, micro_batch_size: 4, warmup_steps: 5, checkpoint_every: 10,
             validation_windows: 4, validate_every: 20}}
-evaluate: {{context_lengths: [16, 64], max_tokens: 512, max_new_tokens: 4, prompts: ["the"]}}
+evaluate: {{extrapolation: {{context_lengths: [16, 64]}}, max_tokens: 512, max_new_tokens: 4, prompts: ["the"]}}
 sparsity: {{windows: 2, seq_len: 32}}
 """
 LINE = "the king and queen of night do love thy crown but sleep in blood o lord my sword shall speak to thee"

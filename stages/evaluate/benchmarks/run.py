@@ -186,7 +186,8 @@ def _write_result(
 def task_key(config: EvaluateConfig, task: str, weights_sha256: str) -> str:
     """What a task's numbers depend on: the settings, the harness's version, the content of its files, the weights."""
     settings = config.model_dump(
-        mode="json", exclude={"tasks", "task_data", "task_revisions", "task_workers", "prompts", "context_lengths"}
+        mode="json",
+        exclude={"tasks", "task_data", "task_revisions", "task_workers", "prompts", "extrapolation", "probes"},
     )
     files = {split: file_sha256(path) for split, path in files_of(config, task).items()}
     return work_key(task, version("lm_eval"), config.task_revisions.get(task), settings, files, weights_sha256)

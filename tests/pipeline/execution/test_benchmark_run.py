@@ -115,7 +115,7 @@ def test_relative_paths_are_taken_from_the_working_directory() -> None:
 
 
 def test_a_prompt_length_the_model_cannot_take_is_refused() -> None:
-    document = compact(tasks=["piqa"], max_length=512, context_lengths=[64])
+    document = compact(tasks=["piqa"], max_length=512, extrapolation={"context_lengths": [64]})
     document["variants"] = {"random": {"mixer": "random_qk"}}
     document["sparsity"] = {"seq_len": 64}
     with pytest.raises(UserError, match=r"evaluate.max_length of variants.random: 512 tokens are more than"):

@@ -1,7 +1,6 @@
 """Length extrapolation and probes in an experiment file: off by default, refused before anything runs."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,9 +17,16 @@ from tests.pipeline.store.filled_store import SMALL, commit, nodes_of
 
 def test_what_is_off_is_not_in_the_recipe() -> None:
     assert identity(EvaluateConfig()) == {}
-    assert EvaluateConfig().window_lengths() == [("evaluate.context_lengths", length) for length in (64, 128, 256, 512)]
-    on = EvaluateConfig.model_validate({"extrapolation": {"lengths": [64], "stride": 8}, "probes": {"lengths": [32]}})
-    assert identity(on) == {"extrapolation": {"lengths": (64,), "stride": 8}, "probes": {"lengths": (32,)}}
+    assert EvaluateConfig().window_lengths() == [
+        ("evaluate.extrapolation.context_lengths", length) for length in (64, 128, 256, 512)
+    ]
+    on = EvaluateConfig.model_validate(
+        {"extrapolation": {"context_lengths": [64], "same_tokens": 9, "stride": 8}, "probes": {"lengths": [32]}}
+    )
+    assert identity(on) == {
+        "extrapolation": {"context_lengths": (64,), "same_tokens": 9, "stride": 8},
+        "probes": {"lengths": (32,)},
+    }
 
 
 @pytest.mark.parametrize(
@@ -31,24 +37,28 @@ def test_what_is_off_is_not_in_the_recipe() -> None:
             r"probes\.lengths of variants\.side: 65 tokens .* max_seq_len=64",
         ),
         (
-            "evaluate.extrapolation={lengths: [32, 80]}",
-            r"extrapolation\.lengths of variants\.side: 80 tokens",
+            "evaluate.extrapolation={context_lengths: [32, 80]}",
+            r"extrapolation\.context_lengths of variants\.side: 80 tokens",
         ),
         ("evaluate.probes={lengths: [15]}", r"evaluate\.probes: lengths=\[15\]: 15 is too short for recall"),
         ("evaluate.probes={lenghts: [64]}", "evaluate.probes.lenghts: unknown key; did you mean 'lengths'"),
         ("evaluate.probes={lengths: [64], kinds: [needel]}", "evaluate.probes.kinds.0: must be 'recall', 'needle'"),
         ("evaluate.probes={lengths: [64], depths: [2]}", "evaluate.probes.depths.0: must be less than or equal to 1"),
-        ("evaluate.extrapolation={lengths: [64, 64]}", r"extrapolation: lengths=\[64, 64\] names something twice"),
-        ("evaluate.extrapolation={lengths: [64], stride: 0}", "evaluate.extrapolation.stride: must be greater than 0"),
         (
-            "evaluate.extrapolation={position_buckets: [4, 2]}",
+            "evaluate.extrapolation={context_lengths: [64, 64]}",
+            r"extrapolation: context_lengths=\[64, 64\] names something twice",
+        ),
+        ("evaluate.extrapolation={same_tokens: 9, stride: 0}", "evaluate.extrapolation.stride: must be greater than 0"),
+        (
+            "evaluate.extrapolation={same_tokens: 9, position_buckets: [4, 2]}",
             r"extrapolation: position_buckets=\[4, 2\] does",
         ),
     ],
 )
 def test_bad_settings_are_refused_by_name(override: str, message: str) -> None:
-    side: dict[str, Any] = {"mixer": "random_qk", "evaluate": {"context_lengths": [16]}}
-    document = {**SMALL, "sparsity": {"seq_len": 64}, "variants": {"side": side}}
+    evaluate = {"extrapolation": {"context_lengths": [16]}}
+    variants = {"side": {"mixer": "random_qk"}}
+    document = {**SMALL, "evaluate": evaluate, "sparsity": {"seq_len": 64}, "variants": variants}
     with pytest.raises(UserError, match=message):
         compose(apply_overrides(document, [override]))
 
@@ -66,5 +76,5 @@ def test_the_example_builds_on_the_quickstart_and_trains_nothing_new() -> None:
     quickstart, probing = (load_experiment(configs / f"{name}.yaml") for name in ("quickstart", "probes"))
     for name, variant in quickstart.variants.items():
         assert probing.variants[name].pretrain == variant.pretrain
-        assert probing.variants[name].evaluate.extrapolation.lengths[-1] == 2048
+        assert probing.variants[name].evaluate.extrapolation.context_lengths[-1] == 2048
     assert probing.tokenize == quickstart.tokenize

@@ -25,7 +25,10 @@ SOURCE = "tokenize.source={{kind: files, paths: ['{folder}/{name}']}}"
         ([SOURCE.format(folder="{tmp}", name="empty.txt")], "empty"),
         ([SOURCE.format(folder="{tmp}", name="torn.jsonl.gz")], "torn.jsonl.gz"),
         ([SOURCE.format(folder="{tmp}", name="other.parquet")], "text"),
-        (["evaluate.context_lengths=[16,4000]"], "evaluate.context_lengths=4000 needs 4001 tokens"),
+        (
+            ["evaluate.extrapolation.context_lengths=[16,4000]"],
+            "evaluate.extrapolation.context_lengths=4000 needs 4001 tokens",
+        ),
         (["sparsity.seq_len=100000"], "100001 are needed"),
         (["resources.pretrain.workers=2", "--local"], "--local trains in one process"),
         (["--root", "{tmp}/empty.txt"], "empty.txt is a file"),

@@ -229,11 +229,11 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
             "num_layers: pattern=25% keeps no layer of num_layers=3",
         ),
         (
-            "variants.lazy={mixer: random_qk, evaluate: {context_lengths: [64, 65]}}",
-            "variants.lazy.evaluate.context_lengths of variants.lazy: 65 tokens are more than max_seq_len=64",
+            "variants.lazy={mixer: random_qk, evaluate: {extrapolation: {context_lengths: [64, 65]}}}",
+            "evaluate.extrapolation.context_lengths of variants.lazy: 65 tokens are more than max_seq_len=64",
         ),
         (
-            "variants.lazy={mixer: text_qk, evaluate: {context_lengths: [64]}}",
+            "variants.lazy={mixer: text_qk, evaluate: {extrapolation: {context_lengths: [64]}}}",
             "sparsity.seq_len of variants.lazy: 256 tokens are more than max_seq_len=64, where the side sequence",
         ),
         ("variants.lazy.seed=-1", "variants.lazy.seed: must be greater than or equal to 0, found -1"),
@@ -252,13 +252,25 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
         ("seed=-1", "seed: expected a non-negative integer, found -1"),
         ("seed=true", "seed: expected a non-negative integer, found True"),
         ("storage.root=''", "storage.root: must have at least 1 character, found ''"),
-        ("evaluate.context_lengths=[]", "evaluate.context_lengths: must have at least 1 item, found []"),
-        ("evaluate.context_lengths=64", "evaluate.context_lengths: must be a list, found 64"),
-        ("evaluate.context_lengths=[64, a]", "evaluate.context_lengths.1: must be a valid integer, found 'a'"),
-        ("evaluate.context_lengths=[64, 0]", "evaluate.context_lengths.1: must be greater than 0, found 0"),
         (
-            "variants.lazy.evaluate.context_lengths=[0]",
-            "variants.lazy.evaluate.context_lengths.0: must be greater than 0, found 0",
+            "evaluate.extrapolation.context_lengths=[]",
+            "evaluate.extrapolation.context_lengths: must have at least 1 item, found []",
+        ),
+        (
+            "evaluate.extrapolation.context_lengths=64",
+            "evaluate.extrapolation.context_lengths: must be a list, found 64",
+        ),
+        (
+            "evaluate.extrapolation.context_lengths=[64, a]",
+            "evaluate.extrapolation.context_lengths.1: must be a valid integer, found 'a'",
+        ),
+        (
+            "evaluate.extrapolation.context_lengths=[64, 0]",
+            "evaluate.extrapolation.context_lengths.1: must be greater than 0, found 0",
+        ),
+        (
+            "variants.lazy.evaluate.extrapolation.context_lengths=[0]",
+            "variants.lazy.evaluate.extrapolation.context_lengths.0: must be greater than 0, found 0",
         ),
         ("tokenize.validation_fraction=1", "tokenize.validation_fraction: must be less than 1, found 1"),
         ("tokenize.source=embedded", "tokenize.source: must be a mapping, found 'embedded'"),

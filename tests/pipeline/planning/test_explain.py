@@ -47,9 +47,9 @@ def test_a_changed_model_field_is_named_as_the_user_writes_it(tmp_path: Path) ->
     [
         ({"evaluate": {"temperature": 0.5}}, "evaluate/lazy", "evaluate.temperature: 0.8 -> 0.5"),
         (
-            {"evaluate": {"context_lengths": [8]}},
+            {"evaluate": {"extrapolation": {"context_lengths": [8]}}},
             "evaluate/lazy",
-            "evaluate.context_lengths: [64, 128, 256, 512] -> [8]",
+            "evaluate.extrapolation.context_lengths: [64, 128, 256, 512] -> [8]",
         ),
         ({"sparsity": {"windows": 3}}, "sparsity/standard", "sparsity.windows: 16 -> 3"),
         ({"tokenize": {"validation_fraction": 0.1}}, "tokenize", "tokenize.validation_fraction: 0.05 -> 0.1"),

@@ -108,7 +108,7 @@ def test_evaluation_scores_the_same_windows_without_the_mixers(tmp_path: Path) -
     config = config.model_copy(update={"model": config.model.model_copy(update={"pattern": (2,)})})
     outputs = pretrain.run(config, {"tokenize": corpus}, context_in(tmp_path / "trained"))
     trained = Artifact(tmp_path / "trained" / "output", {"facts": outputs.facts.to_json(), "metrics": outputs.metrics})
-    fields = {"context_lengths": [16], "max_tokens": 1000, "prompts": ["the"], "max_new_tokens": 2}
+    fields = {"extrapolation": {"context_lengths": [16]}, "max_tokens": 1000, "prompts": ["the"], "max_new_tokens": 2}
 
     def evaluated(name: str, **more: Any) -> dict[str, float]:
         config = EvaluateConfig.model_validate({**fields, **more})

@@ -36,11 +36,11 @@ def counting_shards(directory: Path, tokens: int, vocab_size: int) -> TokenShard
 
 
 def measured(
-    directory: Path, model: Any, shards: TokenShards, batch_tokens: int = 500, **fields: Any
+    directory: Path, model: Any, shards: TokenShards, batch_tokens: int = 500, same_tokens: int = 65_536, **fields: Any
 ) -> dict[str, Any]:
     context = context_in(directory)
-    config = ExtrapolationConfig.model_validate(fields)
-    metrics = length_extrapolation.measure(config, model, shards, 16, batch_tokens, CPU, context)
+    config = ExtrapolationConfig.model_validate({"same_tokens": same_tokens, **fields})
+    metrics = length_extrapolation.measure(config, same_tokens, model, shards, 16, batch_tokens, CPU, context)
     tables = context.output_dir / "tables"
     found = {name: json.loads((tables / f"{name}.json").read_text()) for name in ("extrapolation", "positions")}
     assert (context.output_dir / "figures" / "extrapolation.png").stat().st_size > 10_000
@@ -64,7 +64,7 @@ def test_every_prediction_is_scored_once_with_at_least_the_context_the_stride_le
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity_everywhere(tmp_path: Path) -> None:
     shards = counting_shards(tmp_path / "corpus", 301, 50)
-    found = measured(tmp_path, Uniform(50), shards, lengths=[8, 16, 40], stride=5)
+    found = measured(tmp_path, Uniform(50), shards, context_lengths=[8, 16, 40], stride=5)
     assert found["metrics"].keys() == {
         *(f"extrapolation/{length}" for length in (8, 16, 40)),
         *(f"extrapolation_sliding/{length}" for length in (8, 16, 40)),
@@ -80,7 +80,7 @@ def test_position_buckets_hold_exactly_the_losses_of_their_positions(tmp_path: P
     """At position p the model gives the right token 1 / (1 + p), so its loss there is log(1 + p)."""
     vocab, length = 50, 40
     shards = counting_shards(tmp_path / "corpus", 4 * length + 1, vocab)
-    found = measured(tmp_path, ByPosition(vocab), shards, lengths=[length, 8])
+    found = measured(tmp_path, ByPosition(vocab), shards, context_lengths=[length, 8])
     rows = [row for row in found["positions"] if row["context_length"] == length]
     edges = [(row["first_position"], row["last_position"]) for row in rows]
     assert edges == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 40)]
@@ -98,7 +98,7 @@ def test_position_buckets_hold_exactly_the_losses_of_their_positions(tmp_path: P
 def test_sliding_windows_score_their_last_positions(tmp_path: Path) -> None:
     """8 + 3 + 3 + 3 + 3 + 1 predictions: the first window whole, then positions 6 to 8, at last position 8 alone."""
     shards = counting_shards(tmp_path / "corpus", 22, 50)
-    found = measured(tmp_path, ByPosition(50), shards, lengths=[8], stride=3, max_tokens=21)
+    found = measured(tmp_path, ByPosition(50), shards, context_lengths=[8], stride=3, same_tokens=21)
     sliding = next(row for row in found["extrapolation"] if row["stride"] == 3)
     losses = [math.log(1 + p) for p in (*range(1, 9), *(6, 7, 8) * 4, 8)]
     assert sliding["tokens"] == len(losses) == 21
@@ -110,9 +110,9 @@ def test_sliding_windows_score_their_last_positions(tmp_path: Path) -> None:
 
 def test_a_stride_of_the_length_is_no_sliding_and_buckets_are_as_told(tmp_path: Path) -> None:
     shards = counting_shards(tmp_path / "corpus", 100, 50)
-    found = measured(tmp_path / "a", Uniform(50), shards, lengths=[8], stride=8)
+    found = measured(tmp_path / "a", Uniform(50), shards, context_lengths=[8], stride=8)
     assert [row["stride"] for row in found["extrapolation"]] == [8]
-    config = ExtrapolationConfig(lengths=(40,), position_buckets=(3, 20, 60))
+    config = ExtrapolationConfig(context_lengths=(40,), same_tokens=50, position_buckets=(3, 20, 60))
     assert bucket_ends(config, 40, trained_length=16) == [3, 20, 40]
     assert bucket_ends(ExtrapolationConfig(), 40, trained_length=24) == [1, 2, 4, 8, 16, 24, 32, 40]
     with pytest.raises(ValueError, match=r"position_buckets=\[4, 4\] does not increase"):
@@ -125,9 +125,9 @@ def test_numbers_do_not_depend_on_batches_or_on_the_pieces_of_logits(
 ) -> None:
     shards = TokenShards(tokenized(tmp_path / "corpus", 150).path / "validation")
     model = Transformer(tiny(mixer), 97).eval()
-    large = measured(tmp_path / "large", model, shards, 10_000, lengths=[8, 32], stride=6)
+    large = measured(tmp_path / "large", model, shards, 10_000, context_lengths=[8, 32], stride=6)
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 97 * 5)
-    small = measured(tmp_path / "small", model, shards, 1, lengths=[8, 32], stride=6)
+    small = measured(tmp_path / "small", model, shards, 1, context_lengths=[8, 32], stride=6)
     for name, value in large["metrics"].items():
         assert value == pytest.approx(small["metrics"][name], rel=1e-5)
 
@@ -153,6 +153,6 @@ def test_a_stop_is_heeded(tmp_path: Path) -> None:
     shards = counting_shards(tmp_path / "corpus", 100, 50)
     context = context_in(tmp_path)
     (context.scratch_dir / "stop").touch()
-    config = ExtrapolationConfig(lengths=(8,))
+    config = ExtrapolationConfig(context_lengths=(8,))
     with pytest.raises(Interrupted, match="stopped after 0 of"):
-        length_extrapolation.measure(config, Uniform(50), shards, 16, 100, CPU, context)
+        length_extrapolation.measure(config, 65_536, Uniform(50), shards, 16, 100, CPU, context)

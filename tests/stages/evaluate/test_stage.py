@@ -34,7 +34,7 @@ def trained(request: pytest.FixtureRequest, corpus: Artifact, tmp_path_factory: 
 
 
 def config_of(**fields: Any) -> EvaluateConfig:
-    defaults = {"context_lengths": [16, 32, 128], "prompts": ["the king", ""], "max_new_tokens": 6}
+    defaults = {"extrapolation": {"context_lengths": [16, 32, 128]}, "prompts": ["the king", ""], "max_new_tokens": 6}
     return EvaluateConfig.model_validate({**defaults, "max_tokens": 1000, **fields})
 
 
@@ -132,12 +132,12 @@ def test_a_length_without_a_window_is_refused_by_name_before_compute(corpus: Art
     tokens = TokenizeFacts.read(corpus.manifest).splits["validation"].tokens
     for length in (tokens, 10 * tokens):
         with pytest.raises(UserError, match=rf"context_lengths holds {length}, .* has {tokens} tokens"):
-            evaluated(corpus, trained, tmp_path, context_lengths=[16, length])
+            evaluated(corpus, trained, tmp_path, extrapolation={"context_lengths": [16, length]})
 
 
 def test_the_longest_window_that_fits_is_scored(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
     length = TokenizeFacts.read(corpus.manifest).splits["validation"].tokens - 1
-    evaluated(corpus, trained, tmp_path, context_lengths=[length])
+    evaluated(corpus, trained, tmp_path, extrapolation={"context_lengths": [length]})
     assert [(row["windows"], row["tokens"]) for row in rows(tmp_path, "context_lengths")] == [(1, length)]
 
 
@@ -149,16 +149,18 @@ def test_a_stop_is_heeded(corpus: Artifact, trained: Artifact, tmp_path: Path) -
 
 
 def test_extrapolation_and_probes_beside_the_rest(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
-    """They change no other number, and windows side by side over the same tokens are those of context_lengths."""
+    """They change no other number, and windows side by side over the same tokens are those spread over the split."""
     tokens = TokenizeFacts.read(corpus.manifest).splits["validation"].tokens
     length = next(n for n in range(20, 200) if (tokens - 1) % n == 0)
-    plain = evaluated(corpus, trained, tmp_path / "plain", context_lengths=[length], max_tokens=10**6)
+    plain = evaluated(
+        corpus, trained, tmp_path / "plain", extrapolation={"context_lengths": [length]}, max_tokens=10**6
+    )
     assert not (tmp_path / "plain" / "output" / "figures").exists()
     more = {
-        "extrapolation": {"lengths": [length], "max_tokens": 10**6},
+        "extrapolation": {"context_lengths": [length], "same_tokens": 10**6},
         "probes": {"lengths": [64], "sequences": 2, "depths": [0.5], "segment_tokens": 8},
     }
-    both = evaluated(corpus, trained, tmp_path / "both", context_lengths=[length], max_tokens=10**6, **more)
+    both = evaluated(corpus, trained, tmp_path / "both", max_tokens=10**6, **more)
     assert {name: both.metrics[name] for name in plain.metrics} == plain.metrics
     for table in ("context_lengths", "continuations"):
         assert rows(tmp_path / "plain", table) == rows(tmp_path / "both", table)

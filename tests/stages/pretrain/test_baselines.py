@@ -13,7 +13,7 @@ from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.config import BASELINES
 from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
-from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import kernel_used
@@ -46,7 +46,7 @@ def test_neither_trained_nor_evaluated(corpus: Artifact, trained: Artifact, tmp_
     inputs = {"tokenize": corpus, "pretrain": trained}
     context = context_in(tmp_path / "evaluate")
     with pytest.raises(UserError, match="mixer=gla computes with CUDA"):
-        evaluate.run(EvaluateConfig(context_lengths=(16,)), inputs, context)
+        evaluate.run(EvaluateConfig(extrapolation=ExtrapolationConfig(context_lengths=(16,))), inputs, context)
     assert list(context.output_dir.iterdir()) == []
 
 
@@ -62,7 +62,11 @@ def test_without_the_package_every_stage_says_how_to_install_it(
     monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
     inputs = {"tokenize": corpus, "pretrain": trained}
     with pytest.raises(UserError, match=r"pip install 'lazypipe\[baselines\]'"):
-        evaluate.run(EvaluateConfig(context_lengths=(16,)), inputs, context_in(tmp_path / "evaluate"))
+        evaluate.run(
+            EvaluateConfig(extrapolation=ExtrapolationConfig(context_lengths=(16,))),
+            inputs,
+            context_in(tmp_path / "evaluate"),
+        )
     with pytest.raises(UserError, match=r"pip install 'lazypipe\[baselines\]'"):
         sparsity.run(SparsityConfig(windows=2, seq_len=16), inputs, context_in(tmp_path / "sparsity"))
 

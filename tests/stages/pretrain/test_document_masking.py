@@ -118,7 +118,9 @@ def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tm
     logged = metric_lines(context_in(tmp_path / "masked"))[-1]["metrics"]
     assert [logged[f"sparsity/layer_{layer}"] for layer in (0, 1)] == pytest.approx([share for share, _ in found])
 
-    scoring = EvaluateConfig(context_lengths=(16, 32), prompts=("the",), max_new_tokens=2, max_tokens=400)
+    scoring = EvaluateConfig(
+        extrapolation=ExtrapolationConfig(context_lengths=(16, 32)), prompts=("the",), max_new_tokens=2, max_tokens=400
+    )
     losses = {}
     for masked in (True, False):
         trained = Artifact(directory, {"facts": {**outputs.facts.to_json(), "document_masking": masked}, "metrics": {}})
@@ -134,9 +136,9 @@ def test_validation_and_evaluation_are_masked_like_training(corpus: Artifact, tm
         assert loss == pytest.approx(nats / (length * len(chosen)), rel=1e-5)
         assert loss != pytest.approx(losses[False][length], rel=5e-5)
 
-    longer = scoring.model_copy(update={"extrapolation": ExtrapolationConfig(lengths=(32,), max_tokens=64)})
+    longer = scoring.model_copy(update={"extrapolation": ExtrapolationConfig(context_lengths=(32,), same_tokens=64)})
     trained = Artifact(directory, {"facts": outputs.facts.to_json(), "metrics": {}})
-    with pytest.warns(UserWarning, match="document_masking, but extrapolation and probes read on across"):
+    with pytest.warns(UserWarning, match="document_masking, but extrapolation over the same tokens"):
         evaluate.run(longer, {"tokenize": short, "pretrain": trained}, context_in(tmp_path / "longer"))
 
 

@@ -47,12 +47,12 @@ def test_a_corpus_shorter_than_the_text_is_refused_before_compute(corpus: Artifa
 def test_evaluation_stays_within_the_text(corpus: Artifact, trained: Artifact, tmp_path: Path) -> None:
     inputs = {"tokenize": corpus, "pretrain": trained}
     fields = {"prompts": ["the king"], "max_new_tokens": 200, "max_tokens": 500}
-    config = EvaluateConfig.model_validate({**fields, "context_lengths": [32, 64]})
+    config = EvaluateConfig.model_validate({**fields, "extrapolation": {"context_lengths": [32, 64]}})
     outputs = evaluate.run(config, inputs, context_in(tmp_path))
     assert outputs.metrics["perplexity_at/64"] > 1
     rows = json.loads((tmp_path / "output" / "tables" / "continuations.json").read_text())
     assert len(rows) == 2 and all(rows[n]["text"] for n in (0, 1))
-    config = EvaluateConfig.model_validate({**fields, "context_lengths": [32, 65]})
+    config = EvaluateConfig.model_validate({**fields, "extrapolation": {"context_lengths": [32, 65]}})
     with pytest.raises(UserError, match="context_lengths: 65 tokens are more than max_seq_len=64"):
         evaluate.run(config, inputs, context_in(tmp_path))
 

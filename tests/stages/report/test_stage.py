@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lazypipe.stages import figures
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.evaluate import stage as evaluate
-from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.facts import ReportFacts
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -281,7 +281,13 @@ def test_report_of_a_real_tiny_experiment(tmp_path: Path) -> None:
     corpus = toy_corpus(tmp_path / "tokenize")
     inputs = {"tokenize": corpus}
     stages: list[tuple[str, Any, Any]] = [
-        ("evaluate", evaluate, EvaluateConfig(context_lengths=(16, 96), prompts=("the king",), max_new_tokens=4)),
+        (
+            "evaluate",
+            evaluate,
+            EvaluateConfig(
+                extrapolation=ExtrapolationConfig(context_lengths=(16, 96)), prompts=("the king",), max_new_tokens=4
+            ),
+        ),
         ("sparsity", sparsity, SparsityConfig(windows=3, seq_len=32, heat_map_heads=1)),
     ]
     variants = {
