@@ -20,7 +20,7 @@ from lazypipe.model.mixers.lazy import LazyAttention
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
-from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.facts import PretrainFacts, TokenizeFacts
 from lazypipe.stages.kernel_check import check_inference_kernels
 from lazypipe.stages.pretrain.checks import check_kernels
@@ -75,7 +75,9 @@ def transposed_bias(monkeypatch):
 
 
 def evaluated(trained, directory):
-    config = EvaluateConfig(context_lengths=[16], prompts=["the king"], max_new_tokens=2, max_tokens=32)
+    config = EvaluateConfig(
+        extrapolation=ExtrapolationConfig(context_lengths=(16,)), prompts=("the king",), max_new_tokens=2, max_tokens=32
+    )
     return evaluate.run(config, {"tokenize": trained[0], "pretrain": trained[1]}, context_in(directory))
 
 
