@@ -27,8 +27,9 @@ import torch
 from lazypipe.model.scoring import LanguageModel, token_losses
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.evaluate import figures as evaluation_figures
 from lazypipe.stages.evaluate.config import ExtrapolationConfig
+from lazypipe.stages.figures import by_length
+from lazypipe.stages.figures.listed import EXTRAPOLATION
 
 Row = dict[str, Any]
 Sums = npt.NDArray[np.float64]
@@ -91,7 +92,7 @@ def measure(
     context.progress(total, total, "tokens")
     context.log_table("extrapolation", rows)
     context.log_table("positions", positions)
-    context.log_figure("extrapolation", evaluation_figures.extrapolation({"": (rows, positions)}, trained_length))
+    context.log_figure(EXTRAPOLATION.name, by_length.extrapolation({"": (rows, positions)}, trained_length))
     return {
         f"extrapolation{'' if row['stride'] == row['context_length'] else '_sliding'}/{row['context_length']}": row[
             "perplexity"

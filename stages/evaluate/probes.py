@@ -25,9 +25,10 @@ from torch import Tensor
 from lazypipe.model.scoring import LanguageModel, score_rows
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.shards import TokenShards
-from lazypipe.stages.evaluate import figures as evaluation_figures
 from lazypipe.stages.evaluate.config import ProbesConfig
 from lazypipe.stages.evaluate.probe_sequences import Ids, Probe, make_probe
+from lazypipe.stages.figures import by_length
+from lazypipe.stages.figures.listed import PROBES
 
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ def measure(
         rows.append(row(kind, length, depth, model.vocab_size, trained_length, made, scores))
     context.progress(len(cells), len(cells), "probes")
     context.log_table("probes", rows)
-    context.log_figure("probes", evaluation_figures.probes({"": rows}, trained_length))
+    context.log_figure(PROBES.name, by_length.probes({"": rows}, trained_length))
     return summary(rows)
 
 

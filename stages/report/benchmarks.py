@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lazypipe.stages.report.sections import Variant, read_table
-from lazypipe.stages.report.table import MISSING, perplexity
+from lazypipe.stages.formats import perplexity
+from lazypipe.stages.report.rows import Variant, has_table, read_table
+from lazypipe.stages.report.table import MISSING
 
 Row = Mapping[str, Any]
 
@@ -21,10 +22,10 @@ def benchmarks(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     keys = list(dict.fromkeys(key for table in tables for key in table))
     lines = []
     for task, metric in keys:
-        found = [table.get((task, metric)) for table in tables]
-        some = next(row for row in found if row is not None)
-        best = best_of([None if row is None else row["value"] for row in found], bool(some["higher_is_better"]))
-        cells = [MISSING if row is None else cell(row, index in best) for index, row in enumerate(found)]
+        rows = [table.get((task, metric)) for table in tables]
+        some = next(row for row in rows if row is not None)
+        best = best_of([None if row is None else row["value"] for row in rows], bool(some["higher_is_better"]))
+        cells = [MISSING if row is None else cell(row, index in best) for index, row in enumerate(rows)]
         lines.append({"task": task, "metric": metric, "settings": settings(some), "cells": cells})
     shared = [key for key in keys if key[1] == "acc" and all(key in table for table in tables)]
     if len(shared) > 1:
@@ -37,7 +38,7 @@ def benchmarks(variants: Sequence[Variant]) -> list[dict[str, Any]]:
 
 def by_metric(variant: Variant) -> dict[tuple[str, str], Row]:
     """(task, metric) -> its row of tables/tasks; empty for an evaluation without benchmarks."""
-    if not (variant.evaluate.path / "tables" / "tasks.parquet").is_file():
+    if not has_table(variant.evaluate, "tasks"):
         return {}
     return {(row["task"], row["metric"]): row for row in read_table(variant.evaluate, "tasks")}
 

@@ -20,7 +20,10 @@ from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 
-from lazypipe.stages.report.table import best_rows, cell, columns_of, loss, perplexity, unigram_row
+from lazypipe.stages.figures.listed import EXTRAPOLATION, PROBES
+from lazypipe.stages.formats import loss, perplexity
+from lazypipe.stages.report.contents import Report
+from lazypipe.stages.report.table import best_rows, cell, columns_of, unigram_row
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Characters that turn the direction of the text around them, and line breaks HTML does not know.
@@ -29,8 +32,8 @@ ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>\\`|~$!#
 BACKSLASHED = {ord(character): "\\" + character for character in "_*[]"}
 
 
-def markdown_page(report: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
-    """report.md: `report` is what report.json holds, `sections` what only the page shows (figures, texts)."""
+def markdown_page(report: Report, sections: Mapping[str, Any]) -> str:
+    """report.md: `report` is what report.json is made from, `sections` what only the page shows (figures, texts)."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,  # this is Markdown: `inline` and `literal` escape what is not ours
@@ -40,8 +43,9 @@ def markdown_page(report: Mapping[str, Any], sections: Mapping[str, Any]) -> str
         keep_trailing_newline=True,
     )
     environment.filters |= {"inline": inline, "literal": literal, "perplexity": perplexity, "loss": loss}
-    table = comparison_table(report)
-    return environment.get_template("report.md.j2").render(report=report, table=table, **sections)
+    drawn = {"extrapolation_figure": EXTRAPOLATION, "probes_figure": PROBES}
+    template = environment.get_template("report.md.j2")
+    return template.render(report=report, table=comparison_table(report), **drawn, **sections)
 
 
 def html_page(markdown_text: str, title: str, folder: Path) -> str:
@@ -52,10 +56,10 @@ def html_page(markdown_text: str, title: str, folder: Path) -> str:
     return environment.get_template("report.html.j2").render(title=visible(title), body=body)
 
 
-def comparison_table(report: Mapping[str, Any]) -> str:
+def comparison_table(report: Report) -> str:
     """The table of all variants in Markdown; the best value of a column is bold, the unigram yardstick comes last."""
-    columns = columns_of(report)
-    rows = report["rows"]
+    columns = columns_of(report.columns, report.reference)
+    rows = report.rows
     lines = ["| " + " | ".join(inline(column.heading) for column in columns) + " |"]
     lines.append("|" + "|".join("---:" if column.write is not str else "---" for column in columns) + "|")
     best = {column.key: best_rows(column, rows) for column in columns}
@@ -65,8 +69,8 @@ def comparison_table(report: Mapping[str, Any]) -> str:
             f"**{text}**" if index in best[column.key] else text for column, text in zip(columns, cells, strict=True)
         ]
         lines.append("| " + " | ".join(marked) + " |")
-    yardstick = unigram_row(report)
-    if yardstick is not None:
+    if report.unigram_entropy is not None:
+        yardstick = unigram_row(report.unigram_entropy)
         lines.append("| " + " | ".join(inline(cell(column, yardstick)) for column in columns) + " |")
     return "\n".join(lines)
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lazypipe.stages.contract import Context
-from lazypipe.stages.evaluate import figures as evaluation_figures
-from lazypipe.stages.report.sections import Variant, read_table
-from lazypipe.stages.report.table import MISSING, perplexity, share
+from lazypipe.stages.figures import by_length
+from lazypipe.stages.figures.listed import EXTRAPOLATION, PROBES
+from lazypipe.stages.formats import perplexity, share
+from lazypipe.stages.report.rows import Variant, has_table, read_table
+from lazypipe.stages.report.table import MISSING
 
 Row = Mapping[str, Any]
 
@@ -20,21 +22,24 @@ def sections(variants: Sequence[Variant], context: Context) -> dict[str, Any]:
     """
     lengths = {v.evaluation.seq_len for v in variants}
     trained = lengths.pop() if len(lengths) == 1 else None
-    by_length = {v.name: read_table(v.evaluate, "extrapolation") for v in variants if has(v, "extrapolation")}
-    probed = {v.name: read_table(v.evaluate, "probes") for v in variants if has(v, "probes")}
-    if by_length:
+    lengths_of = {
+        v.name: read_table(v.evaluate, "extrapolation") for v in variants if has_table(v.evaluate, "extrapolation")
+    }
+    probed = {v.name: read_table(v.evaluate, "probes") for v in variants if has_table(v.evaluate, "probes")}
+    if lengths_of:
         tables = {
-            v.name: (by_length[v.name], read_table(v.evaluate, "positions")) for v in variants if v.name in by_length
+            v.name: (lengths_of[v.name], read_table(v.evaluate, "positions")) for v in variants if v.name in lengths_of
         }
-        context.log_figure("extrapolation", evaluation_figures.extrapolation(tables, trained))
+        context.log_figure(EXTRAPOLATION.name, by_length.extrapolation(tables, trained))
     if probed:
-        context.log_figure("probes", evaluation_figures.probes(probed, trained))
+        context.log_figure(PROBES.name, by_length.probes(probed, trained))
     names = [variant.name for variant in variants]
-    return {"extrapolation": extrapolation_lines(names, by_length), "probes": probe_lines(names, probed)}
+    return {"extrapolation": extrapolation_lines(names, lengths_of), "probes": probe_lines(names, probed)}
 
 
-def has(variant: Variant, table: str) -> bool:
-    return (variant.evaluate.path / "tables" / f"{table}.parquet").is_file()
+def tables_of(variants: Sequence[Variant], name: str) -> dict[str, list[dict[str, Any]]]:
+    """A table of the evaluations that have it, by variant."""
+    return {one.name: read_table(one.evaluate, name) for one in variants if has_table(one.evaluate, name)}
 
 
 def extrapolation_lines(names: Sequence[str], tables: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:

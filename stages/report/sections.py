@@ -4,45 +4,34 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import Artifact
-from lazypipe.stages.facts import ComputeFacts, EvaluateFacts, PretrainFacts, SparsityFacts, TokenizeFacts
-from lazypipe.stages.report.table import MISSING, loss, perplexity
+from lazypipe.stages.facts import ComputeFacts, TokenizeFacts
+from lazypipe.stages.figures import listed
+from lazypipe.stages.formats import loss, perplexity
+from lazypipe.stages.report.rows import Variant, VariantRow, read_table
+from lazypipe.stages.report.table import MISSING
 from lazypipe.stages.warning_lines import warning_text
 
-MAX_ATTENTION_LAYERS = 3  # first, middle and last; the rest is among the sparsity stage's own figures
+MAX_LAYERS = 3  # first, middle and last; the rest is among the stage's own figures
 
 
-class Variant(NamedTuple):
-    """One variant's results."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a result is from: what exactly it is and where it was made; what a manifest does not say is a dash."""
 
-    name: str
-    pretrain: Artifact
-    evaluate: Artifact
-    sparsity: Artifact
-
-    @property
-    def training(self) -> PretrainFacts:
-        return PretrainFacts.read(self.pretrain.manifest)
-
-    @property
-    def evaluation(self) -> EvaluateFacts:
-        return EvaluateFacts.read(self.evaluate.manifest)
-
-    @property
-    def attention(self) -> SparsityFacts:
-        return SparsityFacts.read(self.sparsity.manifest)
-
-
-def read_table(artifact: Artifact, name: str) -> list[dict[str, Any]]:
-    """Rows of tables/<name>.parquet of a stage."""
-    import pyarrow.parquet as pq
-
-    rows: list[dict[str, Any]] = pq.read_table(artifact.path / "tables" / f"{name}.parquet").to_pylist()
-    return rows
+    node: str
+    fingerprint: str
+    generation: str
+    created: str
+    seconds: str
+    device: str
+    threads: str
+    commit: str
 
 
 def settings(tokenize: Artifact, variants: Sequence[Variant]) -> dict[str, Any]:
@@ -77,14 +66,15 @@ def corpus_description(tokenize: Artifact) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def ablations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def ablations(rows: Sequence[VariantRow]) -> list[dict[str, Any]]:
     """A line per variant that was scored without its mixers: losses as they are, without blocks, without mixers."""
     keys = ("validation_loss", "validation_loss/skip", "validation_loss/skip_mixer")
-    return [
-        {"variant": row["variant"], "cells": [MISSING if row.get(key) is None else loss(row[key]) for key in keys]}
-        for row in rows
-        if any(row.get(key) is not None for key in keys[1:])
-    ]
+    lines = []
+    for row in rows:
+        losses = [row.metrics.get(key) for key in keys]
+        if any(value is not None for value in losses[1:]):
+            lines.append({"variant": row.variant, "cells": [MISSING if one is None else loss(one) for one in losses]})
+    return lines
 
 
 def context_lengths(variants: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -93,10 +83,9 @@ def context_lengths(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     lengths = sorted({length for table in tables for length in table})
     lines = []
     for length in lengths:
-        found = [table.get(length) for table in tables]
         cells = [
             MISSING if row is None else perplexity(row["perplexity"]) + (" †" if row["extrapolation"] else "")
-            for row in found
+            for row in (table.get(length) for table in tables)
         ]
         lines.append({"length": length, "cells": cells})
     return lines
@@ -113,26 +102,23 @@ def continuations(variants: Sequence[Variant]) -> list[dict[str, Any]]:
 
 
 def copy_figures(variants: Sequence[Variant], output_dir: Path) -> list[dict[str, Any]]:
-    """Copy each variant's own figures to output_dir/figures/<variant>_<name>.png; groups for the page.
+    """Copy what each variant's stages have drawn to output_dir/figures/<variant>_<name>.png; groups for the page.
 
-    Attention maps are taken of the first, the middle and the last layer: all of them, for 24 layers and 20 variants,
+    Of a figure per layer, those of the first, the middle and the last: all of them, for 24 layers and 20 variants,
     would make a page of some 100 MB.
     """
     groups = []
     for variant in variants:
-        folder = variant.sparsity.path / "figures"
-        maps = sorted(folder.glob("attention_layer_*.png"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        chosen = sorted({0, len(maps) // 2, len(maps) - 1}) if len(maps) > MAX_ATTENTION_LAYERS else range(len(maps))
-        wanted = [folder / "tau_heat_map.png", folder / "bias_curves.png", *(maps[index] for index in chosen)]
         files = []
-        for source in wanted:
-            if not source.is_file():
-                continue  # only some mixers have thresholds and biases
-            target = output_dir / "figures" / f"{variant.name}_{source.name}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            caption = f"{variant.name}: {source.stem.replace('_', ' ')}"
-            files.append({"path": f"figures/{target.name}", "caption": caption})
+        for artifact, figures in ((variant.evaluate, listed.EVALUATE), (variant.sparsity, listed.SPARSITY)):
+            for figure in figures:
+                drawn = [] if figure.together else list(figure.files(artifact.path / "figures"))
+                chosen = sorted({0, len(drawn) // 2, len(drawn) - 1}) if len(drawn) > MAX_LAYERS else range(len(drawn))
+                for source, caption in (drawn[index] for index in chosen):
+                    target = output_dir / "figures" / f"{variant.name}_{source.name}"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, target)
+                    files.append({"path": f"figures/{target.name}", "caption": f"{variant.name}: {caption}"})
         groups.append({"variant": variant.name, "files": files})
     return groups
 
@@ -146,27 +132,25 @@ def warnings_of(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
     ]
 
 
-def provenance(inputs: Mapping[str, Artifact]) -> list[dict[str, str]]:
-    """A line per input: what exactly it is and where it was made; what a manifest does not say is a dash."""
-    lines = []
-    for node, artifact in inputs.items():
-        manifest = artifact.manifest
-        machine = ComputeFacts.read(manifest)
-        code = manifest.get("code") or {}
-        commit = str(code.get("commit") or "")[:12]
-        lines.append(
-            {
-                "node": node,
-                "fingerprint": str(manifest.get("fingerprint") or MISSING)[:12],
-                "generation": str(manifest.get("generation") or MISSING),
-                "created": str(manifest.get("created") or MISSING),
-                "seconds": f"{manifest['seconds']:.1f}" if "seconds" in manifest else MISSING,
-                "device": machine.device or MISSING,
-                "threads": str(machine.threads or manifest.get("threads") or MISSING),
-                "commit": (commit + (" with changes" if code.get("dirty") else "")) if commit else MISSING,
-            }
-        )
-    return lines
+def provenance(inputs: Mapping[str, Artifact]) -> tuple[Origin, ...]:
+    """The origin of every input, in their order."""
+    return tuple(origin(node, artifact.manifest) for node, artifact in inputs.items())
+
+
+def origin(node: str, manifest: Mapping[str, Any]) -> Origin:
+    machine = ComputeFacts.read(manifest)
+    code = manifest.get("code") or {}
+    commit = str(code.get("commit") or "")[:12]
+    return Origin(
+        node=node,
+        fingerprint=str(manifest.get("fingerprint") or MISSING)[:12],
+        generation=str(manifest.get("generation") or MISSING),
+        created=str(manifest.get("created") or MISSING),
+        seconds=f"{manifest['seconds']:.1f}" if "seconds" in manifest else MISSING,
+        device=machine.device or MISSING,
+        threads=str(machine.threads or manifest.get("threads") or MISSING),
+        commit=(commit + (" with changes" if code.get("dirty") else "")) if commit else MISSING,
+    )
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -4,10 +4,11 @@ A = the weights a layer really multiplies with V, [L, L] per head, causal. Rows 
 the first row of a window is exactly zero while tau <= -1: it counts as the zero row it is. A [heads, L, L] matrix never
 exists; a model hands over blocks [B, H, rows, L] and every metric sees each row once:
 
-    measure: a block of rows -> sums      added over the blocks of a window, float64
+    sums:    a block of rows -> sums      added over the blocks of a window, float64
     finish:  the window's sums -> value   one number per window and head
 
-A new metric is one function with `@metric` on it. Values are per window and head, then averaged over windows.
+A new metric is a declaration in stages/metrics.py and a function here with `@measures` on it. Values are per window and
+head, then averaged over windows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lazypipe.stages import metrics
+from lazypipe.stages.metrics import Metric
 
 NEAR_ZERO = 1e-6  # a weight below NEAR_ZERO / n_i is a millionth of the uniform weight
 
@@ -37,12 +41,14 @@ class Rows(NamedTuple):
 Sums = tuple[Tensor | float, ...]
 
 
-class Metric(NamedTuple):
-    measure: Callable[[Rows], Sums]
+class Measure(NamedTuple):
+    """How a metric is computed: the sums of a block of rows, and its value from those of a window."""
+
+    sums: Callable[[Rows], Sums]
     finish: Callable[..., Tensor]
 
 
-METRICS: dict[str, Metric] = {}
+MEASURES: dict[str, Measure] = {}  # by the name of the metric
 
 
 def quotient(numerator: Tensor, denominator: Tensor | float) -> Tensor:
@@ -54,60 +60,62 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def metric(finish: Callable[..., Tensor] = quotient) -> Callable[[Callable[[Rows], Sums]], Callable[[Rows], Sums]]:
-    """Register a measure under its function's name. Each of its sums is [B, H] or a number."""
+def measures(
+    metric: Metric, finish: Callable[..., Tensor] = quotient
+) -> Callable[[Callable[[Rows], Sums]], Callable[[Rows], Sums]]:
+    """Let the function below compute a declared metric. Each of its sums is [B, H] or a number."""
 
-    def register(measure: Callable[[Rows], Sums]) -> Callable[[Rows], Sums]:
-        METRICS[measure.__name__] = Metric(measure, finish)
-        return measure
+    def register(sums: Callable[[Rows], Sums]) -> Callable[[Rows], Sums]:
+        MEASURES[metric.name] = Measure(sums, finish)
+        return sums
 
     return register
 
 
-@metric()
+@measures(metrics.SPARSITY)
 def sparsity(rows: Rows) -> Sums:
     """Share of causal pairs with A_ij == 0 exactly."""
     return ((rows.weights == 0) & rows.causal).sum((-2, -1)), float(rows.causal.sum())
 
 
-@metric()
+@measures(metrics.NEAR_ZERO)
 def near_zero(rows: Rows) -> Sums:
     """Share of causal pairs with A_ij < 1e-6 / n_i, exact zeros included: what a dense softmax has instead of zeros."""
     small = rows.weights < NEAR_ZERO / rows.token_count
     return (small & rows.causal).sum((-2, -1)), float(rows.causal.sum())
 
 
-@metric()
+@measures(metrics.SURVIVING_MASS)
 def surviving_mass(rows: Rows) -> Sums:
     """Mean over queries of sum_j A_ij; 1 for softmax. It splits into `sink` and `rest_mass`."""
     return rows.weights.sum((-2, -1)), float(len(rows.causal))
 
 
-@metric()
+@measures(metrics.SINK)
 def sink(rows: Rows) -> Sums:
     """mean_i A_i1: the mass on the first token of the window (the sink score of "Deconstructing Attention")."""
     return rows.weights[..., 0].sum(-1), float(len(rows.causal))
 
 
-@metric()
+@measures(metrics.REST_MASS)
 def rest_mass(rows: Rows) -> Sums:
     """The part of the surviving mass that lies on all other tokens."""
     return rows.weights[..., 1:].sum((-2, -1)), float(len(rows.causal))
 
 
-@metric()
+@measures(metrics.ZERO_MASS_ROWS)
 def zero_mass_rows(rows: Rows) -> Sums:
     """Share of queries whose whole row is exactly zero."""
     return (rows.weights == 0).all(-1).sum(-1), float(len(rows.causal))
 
 
-@metric(finish=total)
+@measures(metrics.ENTROPY, finish=total)
 def entropy(rows: Rows) -> Sums:
     """-sum A_ij log A_ij over the whole matrix, in nats: grows with L, an entropy only where rows sum to 1."""
     return (torch.special.entr(rows.weights).sum((-2, -1)),)
 
 
-@metric()
+@measures(metrics.ROW_ENTROPY)
 def row_entropy(rows: Rows) -> Sums:
     """Mean entropy of the rows normalised to sum 1, in nats; rows of zero mass are left out."""
     mass = rows.weights.sum(-1, keepdim=True)
@@ -115,7 +123,7 @@ def row_entropy(rows: Rows) -> Sums:
     return torch.special.entr(share).sum((-2, -1)), (mass > 0).double().sum((-2, -1))
 
 
-@metric(finish=torch.sqrt)
+@measures(metrics.CONCENTRATION, finish=torch.sqrt)
 def concentration(rows: Rows) -> Sums:
     """Frobenius norm of A."""
     return (rows.weights.square().sum((-2, -1)),)
@@ -151,8 +159,8 @@ def measure_windows(
                 f"{query_start + weights.shape[2] - 1}); attention weights are finite and at least 0"
             )
         layer_sums = sums.setdefault(layer, {})
-        for name, (measure, _) in METRICS.items():
-            block_sums = measure(rows)
+        for name, measure in MEASURES.items():
+            block_sums = measure.sums(rows)
             before = layer_sums.get(name, (0.0,) * len(block_sums))
             layer_sums[name] = tuple(old + new for old, new in zip(before, block_sums, strict=True))
         rows_seen[layer] = rows_seen.get(layer, 0) + weights.shape[2]
@@ -162,8 +170,8 @@ def measure_windows(
         which = "0, 1, ..." if layers is None else f"of {expected}"
         raise ValueError(f"expected {length} query rows from each layer {which}; got {rows_seen} (layer: rows)")
     return {
-        name: np.stack([finish(*sums[layer][name]).double().cpu().numpy() for layer in expected])
-        for name, (_, finish) in METRICS.items()
+        name: np.stack([measure.finish(*sums[layer][name]).double().cpu().numpy() for layer in expected])
+        for name, measure in MEASURES.items()
     }
 
 

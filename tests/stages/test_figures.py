@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lazypipe.stages import figures
-from lazypipe.stages.figures import LayerSeries, LossCurve
+from lazypipe.stages.figures import style
+from lazypipe.stages.figures.by_layer import LayerSeries, by_layer
+from lazypipe.stages.metrics import SINK, SPARSITY
+from lazypipe.stages.report.figures import LossCurve, loss_curves, smoothed
+from lazypipe.stages.sparsity import figures
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -68,7 +71,7 @@ def test_tau_map_is_centred_on_the_initial_value() -> None:
 
 def test_layer_figure_draws_the_mean_over_heads_and_its_baseline() -> None:
     values = np.array([[0.2, 0.4], [0.6, np.nan], [np.nan, np.nan]])
-    figure = figures.sparsity_by_layer([LayerSeries("lazy", values, np.full((3, 2), 0.5))])
+    figure = by_layer([LayerSeries("lazy", values, np.full((3, 2), 0.5))], SPARSITY.by_layer)
     lines = [line.get_ydata() for line in figure.get_axes()[0].lines]
     assert any(np.allclose(line, [0.3, 0.6, np.nan], equal_nan=True) for line in lines)
     assert any(np.allclose(line, 0.5) for line in lines)
@@ -78,7 +81,7 @@ def test_layer_figure_draws_the_mean_over_heads_and_its_baseline() -> None:
 def test_loss_curves_mark_validation_and_the_unigram_entropy() -> None:
     steps = np.arange(1, 101)
     curve = LossCurve("lazy", steps, 7.0 - steps / 50, [(50, 6.0), (100, 5.0)])
-    figure = figures.loss_curves([curve], unigram_entropy=6.4)
+    figure = loss_curves([curve], unigram_entropy=6.4)
     whole, late = figure.get_axes()
     assert any(np.allclose(line.get_ydata(), [6.0, 5.0]) for line in whole.lines if len(line.get_ydata()) == 2)
     assert any(np.allclose(line.get_ydata(), 6.4) for line in whole.lines)
@@ -92,7 +95,7 @@ def test_loss_curves_mark_validation_and_the_unigram_entropy() -> None:
 )
 def test_smoothing_is_the_mean_of_the_last_known_points(loss: list[float], most_points: int) -> None:
     steps = np.arange(len(loss)) * 3 + 1
-    kept, smooth = figures.smoothed(steps, np.array(loss), most_points)
+    kept, smooth = smoothed(steps, np.array(loss), most_points)
     width = max(1, len(loss) // 50)
     assert kept[0] == 1 and kept[-1] == steps[-1] and len(kept) <= min(most_points, len(loss))
     for step, value in zip(kept, smooth, strict=True):
@@ -110,11 +113,11 @@ def test_smoothing_is_the_mean_of_the_last_known_points(loss: list[float], most_
         lambda: figures.tau_heat_map(np.linspace(-1, 0, 40 * 16).reshape(40, 16), -1.0),
         lambda: figures.bias_curves(np.zeros((1, 1, 1))),
         lambda: figures.bias_curves(np.ones((7, 20, 5))),
-        lambda: figures.sink_by_layer([LayerSeries("standard", np.zeros((1, 1)))]),
-        lambda: figures.sink_by_layer([LayerSeries(f"v{i}", np.full((2, 2), i / 20)) for i in range(20)]),
-        lambda: figures.loss_curves([], None),
-        lambda: figures.loss_curves([LossCurve("diverged", np.array([1]), np.array([np.nan]))], 6.0),
-        lambda: figures.loss_curves([LossCurve("empty", np.array([]), np.array([]))], 6.0),
+        lambda: by_layer([LayerSeries("standard", np.zeros((1, 1)))], SINK.by_layer),
+        lambda: by_layer([LayerSeries(f"v{i}", np.full((2, 2), i / 20)) for i in range(20)], SINK.by_layer),
+        lambda: loss_curves([], None),
+        lambda: loss_curves([LossCurve("diverged", np.array([1]), np.array([np.nan]))], 6.0),
+        lambda: loss_curves([LossCurve("empty", np.array([]), np.array([]))], 6.0),
     ],
 )
 def test_odd_shapes_draw_without_a_warning(draw: Callable[[], Figure]) -> None:
@@ -126,7 +129,7 @@ def test_odd_shapes_draw_without_a_warning(draw: Callable[[], Figure]) -> None:
 
 def test_variants_look_different_and_a_family_has_one_colour() -> None:
     def styles(families: list[str | None]) -> list[dict[str, Any]]:
-        return figures.series_styles(
+        return style.series_styles(
             [LossCurve(str(i), np.array([]), np.array([]), family=f) for i, f in enumerate(families)]
         )
 
@@ -139,7 +142,7 @@ def test_variants_look_different_and_a_family_has_one_colour() -> None:
 
 def test_drawing_touches_no_pyplot_state() -> None:
     code = (
-        "import sys, numpy as np; from stages import figures; "
+        "import sys, numpy as np; from lazypipe.stages.sparsity import figures; "
         "figures.tau_heat_map(np.zeros((2, 2)), -1.0).savefig('/dev/null', format='png'); "
         "print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     )

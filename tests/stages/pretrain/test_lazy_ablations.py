@@ -12,7 +12,9 @@ from lazypipe.stages.contract import Artifact
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import check_kernels, kernel_used
 from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.report.contents import Report
 from lazypipe.stages.report.findings import findings
+from lazypipe.stages.report.rows import VariantRow
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.model.mixers.test_lazy_ablations import ABLATIONS
@@ -77,7 +79,8 @@ def test_the_report_says_how_far_what_was_learned_has_moved() -> None:
         ("both", {**tau, "bias_moved": 0.5}), ("tau", tau), ("bias", {"bias_moved": 0.5}), ("constant", constant),
     ):  # fmt: skip
         rows = [{"variant": "v", "mixer": "lazy", "validation_loss": 4.0, "perplexity": 54.6, **values}]
-        report = {"title": "t", "reference": "v", "columns": [], "rows": rows, "unigram_entropy": None}
+        typed = [VariantRow.from_json(row) for row in rows]
+        report = Report(title="t", reference="v", columns=[], rows=typed, unigram_entropy=None)
         told[learned] = next(one.sentence for one in findings(report) if one.topic == "Learned thresholds")
     assert told["both"].endswith(
         "moved by up to 0.250 (to between -1.000 and -0.750), the distance bias by up to 0.500."

@@ -7,7 +7,7 @@ from lazypipe.stages.contract import Artifact, Context
 from lazypipe.stages.report import stage as report
 from lazypipe.stages.report.benchmarks import benchmarks
 from lazypipe.stages.report.config import ReportConfig
-from lazypipe.stages.report.sections import Variant
+from lazypipe.stages.report.rows import Variant, variants_of
 from tests.stages.report.test_stage import upstream
 from tests.stages.tiny_experiment import context_in
 
@@ -27,7 +27,7 @@ def test_lines_best_values_and_the_mean(tmp_path: Path) -> None:
     with_tasks(inputs["evaluate/lazy"], [*both, row("rte", "acc", 0.5, 0.03, True)])
     both = [row("wikitext", "word_perplexity", 50.0, None, False), row("piqa", "acc", 0.6, 0.01, True)]
     with_tasks(inputs["evaluate/standard"], [*both, row("rte", "acc", 0.5, 0.03, True)])
-    variants = report.variants_of(inputs)
+    variants = variants_of(inputs)
     lines = {(line["task"], line["metric"]): line for line in benchmarks(variants[:2])}
     assert lines["wikitext", "word_perplexity"]["cells"] == ["**40.00**", "50.00"]
     assert lines["piqa", "acc"]["cells"] == ["**62.5 % ± 1.0**", "60.0 % ± 1.0"]
@@ -54,5 +54,5 @@ def test_the_page_has_the_table_only_where_there_are_benchmarks(tmp_path: Path) 
 
 
 def test_an_evaluation_without_benchmarks_has_no_lines(tmp_path: Path) -> None:
-    variants: list[Variant] = report.variants_of(upstream(tmp_path, {"lazy": 4.0}))
+    variants: list[Variant] = variants_of(upstream(tmp_path, {"lazy": 4.0}))
     assert benchmarks(variants) == []

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lazypipe.stages.report import stage as report
-from lazypipe.stages.report.comparison import beside_published, published, ranks
+from lazypipe.stages.report.comparison import Comparison, beside_published, published, ranks
 from lazypipe.stages.report.config import ReportConfig
+from lazypipe.stages.report.rows import VariantRow
 from lazypipe.stages.report.seeds import certainty, seed_groups, seed_table
 from tests.stages.report.test_stage import upstream
 from tests.stages.tiny_experiment import context_in
@@ -27,17 +28,21 @@ CLAIMS = {
 }
 
 
-def row(mixer: str, pattern: str, loss: float, **more: Any) -> dict[str, Any]:
+Row = dict[str, Any]  # as in report.json
+
+
+def row(mixer: str, pattern: str, loss: float, **more: Any) -> Row:
     name = mixer if pattern == "uniform" else f"{mixer}_{pattern}"
     return {"variant": name, "mixer_name": mixer, "pattern": pattern, "validation_loss": loss, **more}
 
 
+def typed(rows: list[Row]) -> list[VariantRow]:
+    return [VariantRow.from_json(one) for one in rows]
+
+
 def as_published() -> dict[str, dict[str, Any]]:
     """Losses that are the published perplexities themselves, and skips that collapse."""
-    rows = [
-        row(model["mixer"], model["pattern"], math.log(model["wikitext"]))
-        for model in published("deconstructing")["models"]
-    ]
+    rows = [row(model.mixer, model.pattern, math.log(model.wikitext)) for model in published("deconstructing").models]
     for one in rows:
         if one["pattern"] != "uniform":
             one |= {"validation_loss/skip": 7.0, "validation_loss/skip_mixer": 5.0}
@@ -45,15 +50,15 @@ def as_published() -> dict[str, dict[str, Any]]:
     return {str(one["variant"]): one for one in rows}
 
 
-def beside(rows: list[dict[str, Any]], unigram_entropy: float | None = UNIGRAM) -> dict[str, Any]:
+def beside(rows: list[dict[str, Any]], unigram_entropy: float | None = UNIGRAM) -> Comparison:
     """Against the published figures, every row with the recipe of its name."""
     recipes = [{"model": {"mixer": one["mixer_name"], "pattern": one["pattern"]}} for one in rows]
-    return beside_published("deconstructing", rows, recipes, unigram_entropy)
+    return beside_published("deconstructing", typed(rows), recipes, unigram_entropy)
 
 
 def outcome(rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
     found = beside(list(rows.values()))
-    by_name = {claim["claim"]: claim["holds"] for claim in found["claims"]}
+    by_name = {claim.claim: claim.holds for claim in found.claims}
     assert set(by_name) == set(CLAIMS.values())
     return {short: by_name[name] for short, name in CLAIMS.items()}
 
@@ -62,12 +67,12 @@ def test_the_published_figures_confirm_their_own_claims() -> None:
     rows = as_published()
     assert outcome(rows) == dict.fromkeys(CLAIMS, True)
     found = beside(list(rows.values()))
-    assert found["correlation"]["wikitext"] == pytest.approx(1.0)
-    assert 0.5 < found["correlation"]["nlu"] < 1
-    assert len(found["rows"]) == 13  # lazy has no counterpart
-    first, last = found["rows"][0], found["rows"][-1]
-    assert (first["mixer"], first["ranks"]["validation_loss"], last["mixer"]) == ("standard", 1.0, "gating")
-    assert first["perplexity"] == pytest.approx(38.1)
+    assert found.correlation["wikitext"] == pytest.approx(1.0)
+    assert 0.5 < found.correlation["nlu"] < 1
+    assert len(found.rows) == 13  # lazy has no counterpart
+    first, last = found.rows[0], found.rows[-1]
+    assert (first.mixer, first.ranks["validation_loss"], last.mixer) == ("standard", 1.0, "gating")
+    assert first.perplexity == pytest.approx(38.1)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_one_number_refutes_a_claim_and_is_told(claim: str, variant: str, key: s
     rows[variant][key] = value
     assert outcome(rows)[claim] is False
     found = beside(list(rows.values()))
-    (numbers,) = [one["numbers"] for one in found["claims"] if one["claim"] == CLAIMS[claim]]
+    (numbers,) = [one.numbers for one in found.claims if one.claim == CLAIMS[claim]]
     assert number in numbers
 
 
@@ -100,7 +105,7 @@ def test_what_was_not_measured_is_neither_true_nor_false() -> None:
     rows = as_published()
     assert outcome({"standard": rows["standard"]}) == dict.fromkeys(CLAIMS)
     found = beside([rows["standard"], {**rows["mlp"], "validation_loss": None}], None)
-    assert len(found["rows"]) == 1 and found["correlation"] == {"wikitext": None, "nlu": None}
+    assert len(found.rows) == 1 and found.correlation == {"wikitext": None, "nlu": None}
 
 
 def test_ranks_share_ties_and_a_reversed_order_is_minus_one() -> None:
@@ -109,7 +114,7 @@ def test_ranks_share_ties_and_a_reversed_order_is_minus_one() -> None:
     for one in rows.values():
         one["validation_loss"] = -one["validation_loss"]
     found = beside(list(rows.values()))
-    assert found["correlation"]["wikitext"] == pytest.approx(-1.0)
+    assert found.correlation["wikitext"] == pytest.approx(-1.0)
 
 
 def test_of_several_recipes_the_first_answers_and_no_ablation_does() -> None:
@@ -129,11 +134,11 @@ def test_of_several_recipes_the_first_answers_and_no_ablation_does() -> None:
         {"model": {"mixer": "standard"}, "seed": 1},
         {"model": {"mixer": "standard"}, "lr": 0.1, "seed": 0},
     ]
-    found = beside_published("deconstructing", rows, recipes, UNIGRAM)
-    assert found["left_out"] == ["v0", "v4"]
-    (standard,) = found["rows"]
-    assert standard["variants"] == ["v2", "v3"] and standard["validation_loss"] == pytest.approx(4.2)
-    (lazy,) = [claim["numbers"] for claim in found["claims"] if claim["claim"] == CLAIMS["lazy"]]
+    found = beside_published("deconstructing", typed(rows), recipes, UNIGRAM)
+    assert found.left_out == ["v0", "v4"]
+    (standard,) = found.rows
+    assert standard.variants == ["v2", "v3"] and standard.validation_loss == pytest.approx(4.2)
+    (lazy,) = [claim.numbers for claim in found.claims if claim.claim == CLAIMS["lazy"]]
     assert lazy.startswith("lazy 4.000, standard 4.200")
 
 
@@ -149,15 +154,15 @@ def seeded(losses: dict[str, tuple[float, ...]]) -> tuple[list[dict[str, Any]], 
 def test_differences_are_measured_in_the_spread_of_the_seeds() -> None:
     near, base, far = (4.02, 4.00, 4.04), (4.01, 4.03, 3.99), (4.30, 4.32, 4.31)
     rows, recipes = seeded({"near": near, "base": base, "far": far, "once": (4.2,)})
-    table = seed_table(seed_groups(rows, recipes), "base")
-    assert table is not None and table["reference"] == "base"
-    groups = {group["name"]: group for group in table["groups"]}
-    assert groups["far"]["variants"] == ["far", "far_1", "far_2"] and groups["far"]["seeds"] == [0, 1, 2]
-    assert groups["near"]["mean"] == pytest.approx(4.02) and groups["near"]["deviation"] == pytest.approx(stdev(near))
+    table = seed_table(seed_groups(typed(rows), recipes), "base")
+    assert table is not None and table.reference == "base"
+    groups = {group.name: group for group in table.groups}
+    assert groups["far"].variants == ["far", "far_1", "far_2"] and groups["far"].seeds == [0, 1, 2]
+    assert groups["near"].mean == pytest.approx(4.02) and groups["near"].deviation == pytest.approx(stdev(near))
     pooled = math.sqrt((stdev(far) ** 2 + stdev(base) ** 2) / 2)
-    assert groups["far"]["spread"] == pytest.approx(pooled)
-    assert groups["far"]["exceeds"] and not groups["near"]["exceeds"]
-    assert groups["once"]["exceeds"] is None and groups["once"]["deviation"] is None
+    assert groups["far"].spread == pytest.approx(pooled)
+    assert groups["far"].exceeds and not groups["near"].exceeds
+    assert groups["once"].exceeds is None and groups["once"].deviation is None
     text = certainty(table)
     assert "far +0.300" in text and "do not exceed 2 times the spread of the seeds: near +0.010" in text
     assert "may be chance: once" in text
@@ -165,17 +170,17 @@ def test_differences_are_measured_in_the_spread_of_the_seeds() -> None:
 
 def test_without_repetitions_there_is_no_table() -> None:
     rows, recipes = seeded({"one": (4.0,), "other": (4.1,)})
-    assert seed_table(seed_groups(rows, recipes), "one") is None
+    assert seed_table(seed_groups(typed(rows), recipes), "one") is None
     recipes[1] = {"model": {"mixer": "one"}, "seed": 0, "lr": 1.0}  # another learning rate is another model
-    assert seed_groups(rows, recipes) == []
+    assert seed_groups(typed(rows), recipes) == []
 
 
 def test_one_model_under_two_names_is_no_repetition() -> None:
     rows, recipes = seeded({"one": (4.0, 4.1), "other": (4.2,)})
     again = [{**rows[0], "variant": "again"}, *rows]
-    twice = seed_groups(again, [recipes[0], *recipes])
-    assert [group["variants"] for group in twice] == [["again", "one_1"], ["other"]]
-    assert seed_groups(again[:2], [recipes[0], recipes[0]]) == []
+    twice = seed_groups(typed(again), [recipes[0], *recipes])
+    assert [group.variants for group in twice] == [["again", "one_1"], ["other"]]
+    assert seed_groups(typed(again[:2]), [recipes[0], recipes[0]]) == []
     table = seed_table(twice, "other")
     assert table is not None and "over them is 0.071 nats." in certainty(table)
 

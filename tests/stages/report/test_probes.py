@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lazypipe.stages.contract import Artifact, Context
-from lazypipe.stages.evaluate import figures as evaluation_figures
+from lazypipe.stages.figures import by_length
 from tests.stages.report.test_stage import run, upstream
 
 ROWS = [(64, 64, False, 80.0), (256, 256, False, 70.0), (256, 64, False, 68.0), (512, 512, True, 91.0)]
@@ -84,8 +84,8 @@ def test_the_steadiest_row_of_a_bucket_is_that_of_the_shortest_windows() -> None
             (10, 9, 10, 4.0),
         ]
     ]
-    assert [row["loss"] for row in evaluation_figures.steadiest(rows)] == [1.0, 2.0, 4.0]
-    assert [row["loss"] for row in evaluation_figures.steadiest(rows[:2])] == [1.0, 2.0]
+    assert [row["loss"] for row in by_length.steadiest(rows)] == [1.0, 2.0, 4.0]
+    assert [row["loss"] for row in by_length.steadiest(rows[:2])] == [1.0, 2.0]
 
 
 def test_the_figure_draws_every_model_probe_and_depth() -> None:
@@ -105,7 +105,7 @@ def test_the_figure_draws_every_model_probe_and_depth() -> None:
         for name, shift in (("lazy", 0.0), ("standard", 0.25))
     }
     tables["short"] = [row("copy", 32, None, 1.0)]  # probed differently
-    figure = evaluation_figures.probes(tables, 32)
+    figure = by_length.probes(tables, 32)
     panels = figure.get_axes()
     assert [axes.get_title() for axes in panels[:3]] == [
         "needle in text, mean over depths",

@@ -13,17 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.stages import figures
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.facts import ReportFacts
+from lazypipe.stages.figures.style import new_figure
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.report import page as report_page
 from lazypipe.stages.report import stage as report
 from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.report.findings import findings
+from lazypipe.stages.report.rows import variants_of
 from lazypipe.stages.report.table import terminal_rows
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
@@ -119,9 +120,9 @@ def upstream(root: Path, losses: dict[str, float | None], texts: str = "Speak, I
             ],
         )
         if number < 2:  # figures cost most of the time of these tests
-            context.log_figure("attention_layer_0", figures.new_figure(1, 1))
+            context.log_figure("attention_layer_0", new_figure(1, 1))
         if lazy and number < 2:
-            context.log_figure("tau_heat_map", figures.new_figure(1, 1))
+            context.log_figure("tau_heat_map", new_figure(1, 1))
     return inputs
 
 
@@ -204,7 +205,7 @@ def test_findings_follow_the_numbers(two: tuple[Outputs, Path]) -> None:
 
 def test_findings_turn_round_when_the_numbers_do(tmp_path: Path) -> None:
     inputs = upstream(tmp_path, {"lazy": 5.9, "standard": 4.0, "standard_b": 4.0})
-    rows = report.comparison("x", inputs["tokenize"], report.variants_of(inputs))
+    rows = report.comparison("x", inputs["tokenize"], variants_of(inputs))
     said = {finding.topic: finding.sentence for finding in findings(rows)}
     assert said["Loss"] == "standard and standard_b share the lowest validation loss, 4.000 nats per token."
     assert said["Yardstick"].endswith(
@@ -272,9 +273,9 @@ def test_missing_result_of_a_variant_is_named(tmp_path: Path) -> None:
     inputs = upstream(tmp_path, {"lazy": 4.0})
     del inputs["evaluate/lazy"]
     with pytest.raises(ValueError, match="missing: evaluate/lazy"):
-        report.variants_of(inputs)
+        variants_of(inputs)
     with pytest.raises(ValueError, match="at least one variant"):
-        report.variants_of({"tokenize": inputs["tokenize"]})
+        variants_of({"tokenize": inputs["tokenize"]})
 
 
 def test_report_of_a_real_tiny_experiment(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lazypipe.stages.sparsity.metrics import METRICS, average_windows, measure_windows
+from lazypipe.stages.sparsity.metrics import MEASURES, average_windows, measure_windows
 
 
 def blocks_of(matrices: Tensor, query_block: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -65,7 +65,7 @@ def test_streamed_metrics_equal_the_oracle(
 ) -> None:
     weights = random_weights(shape, seed, zero_share)
     measured = measure_windows(blocks_of(weights, query_block))
-    assert set(measured) == set(METRICS)
+    assert set(measured) == set(MEASURES)
     for layer, window, head in np.ndindex(*shape[:3]):
         expected = oracle(weights[layer, window, head].double().tolist())
         for name, value in expected.items():
@@ -78,7 +78,7 @@ def test_result_does_not_depend_on_the_query_block(length: int, query_block: int
     weights = random_weights((2, 1, 2, length), seed, 0.5)
     whole = measure_windows(blocks_of(weights, length))
     blocked = measure_windows(blocks_of(weights, query_block))
-    for name in METRICS:
+    for name in MEASURES:
         np.testing.assert_allclose(blocked[name], whole[name], rtol=1e-12, atol=1e-13, err_msg=name)
 
 

@@ -14,6 +14,7 @@ from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, Interrupted, Outputs, UserError
 from lazypipe.stages.data.batches import read_window, validation_windows
 from lazypipe.stages.data.shards import TokenShards
+from lazypipe.stages.sparsity import measure
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
 from tests.model.tiny_model import sparsity_by_layer
@@ -199,16 +200,16 @@ def test_bfloat16_and_grouped_heads(tmp_path: Path, corpus: Artifact) -> None:
 
 
 def test_heads_of_the_heat_maps_are_spread_over_all() -> None:
-    assert sparsity.chosen_heads(16, 4) == [0, 5, 10, 15]
-    assert sparsity.chosen_heads(3, 4) == [0, 1, 2]
-    assert sparsity.chosen_heads(8, 1) == [0]
-    assert sparsity.chosen_heads(8, 0) == []
+    assert measure.chosen_heads(16, 4) == [0, 5, 10, 15]
+    assert measure.chosen_heads(3, 4) == [0, 1, 2]
+    assert measure.chosen_heads(8, 1) == [0]
+    assert measure.chosen_heads(8, 0) == []
 
 
 def test_maps_are_the_upper_left_corner_of_the_windows_attention() -> None:
     model = trained_looking("lazy")
     tokens = torch.arange(300)[None] * 7 % VOCAB_SIZE
-    maps = sparsity.attention_maps(model, tokens, [1, 3], CONFIG)
+    maps = measure.attention_maps(model, tokens, [1, 3], CONFIG)
     assert maps.shape == (2, 2, 256, 256)
     whole = torch.cat([rows for layer, _, rows in model.attention_rows(tokens, 64) if layer == 1], dim=2)
     np.testing.assert_allclose(maps[1], whole[0, [1, 3], :256, :256].numpy(), atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lazypipe.stages.figures import GREY, new_figure, series_style
+from lazypipe.stages.figures.style import GREY, new_figure, series_style, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,12 +67,12 @@ def extrapolation(tables: Mapping[str, tuple[Sequence[Row], Sequence[Row]]], tra
 def steadiest(positions: Sequence[Row]) -> list[Row]:
     """Each bucket of the longest windows, from the shortest windows that have it: those are the most."""
     longest = max(row["context_length"] for row in positions)
-    found: dict[tuple[int, int], Row] = {}
+    steadiest_rows: dict[tuple[int, int], Row] = {}
     for row in sorted(positions, key=lambda row: row["context_length"]):
-        found.setdefault((row["first_position"], row["last_position"]), row)
+        steadiest_rows.setdefault((row["first_position"], row["last_position"]), row)
     wanted = [row for row in positions if row["context_length"] == longest]
     buckets = [(row["first_position"], row["last_position"]) for row in wanted]
-    return [found[bucket] for bucket in buckets if found[bucket]["loss"] is not None]
+    return [steadiest_rows[bucket] for bucket in buckets if steadiest_rows[bucket]["loss"] is not None]
 
 
 def probes(tables: Mapping[str, Sequence[Row]], trained_length: int | None) -> Figure:
@@ -121,7 +121,7 @@ def probes(tables: Mapping[str, Sequence[Row]], trained_length: int | None) -> F
     panels[1, 0].set_ylabel("gain over the\ncontrol (nats)")
     panels[0, 0].set_ylim(-0.03, 1.03)
     for axes in panels.flat:
-        _tidy(axes)
+        tidy(axes)
     for axes in panels[1]:
         axes.axhline(0, color=GREY, linewidth=0.8)
     handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.4, label="control"))
@@ -138,14 +138,14 @@ def _line(axes: Axes, points: Mapping[float, tuple[float, float]], style: Mappin
 
 def _by(rows: Sequence[Row], key: str, value: str) -> dict[float, tuple[float, float]]:
     """Mean and standard error of `value` by `key`; rows of one key (depths) are averaged."""
-    found = {}
+    points = {}
     for point in sorted({row[key] for row in rows}):
         group = [row for row in rows if row[key] == point]
         errors = [row.get(f"{value}_error") or 0.0 for row in group]
         mean = sum(row[value] for row in group) / len(group)
         # The depths share their texts: their errors are averaged as if they were one.
-        found[point] = (mean, sum(errors) / len(group))
-    return found
+        points[point] = (mean, sum(errors) / len(group))
+    return points
 
 
 def _columns(rows: Sequence[Row], *names: str) -> list[list[Any]]:
@@ -166,10 +166,4 @@ def _logarithmic_lengths(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e5e5e5", linewidth=0.7)
-    axes.set_axisbelow(True)
+    tidy(axes)
