@@ -9,6 +9,7 @@ thread, one process; the curves are losses and gradient norms as float64 in deci
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ def curves() -> Curves:
     """By mixer: loss and grad_norm [steps], validation_loss, and the sha256 of the trained weights."""
     import torch
 
-    if (Path.cwd() / "lazypipe").is_dir():
+    if has_package():
         from lazypipe.stages.contract import Context
         from lazypipe.stages.pretrain.config import PretrainConfig
         from lazypipe.stages.pretrain.stage import run
@@ -65,6 +66,11 @@ def curves() -> Curves:
     return found
 
 
+def has_package() -> bool:
+    """Whether the revision in the working directory has the package `lazypipe`; before it stages/ was imported bare."""
+    return (Path.cwd() / "lazypipe").is_dir()
+
+
 def settings(mixer: str) -> dict[str, Any]:
     """30 steps of two micro-batches of 4 windows of 48 tokens; 2 layers, 2 heads, d = 32."""
     model = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 48, "max_bias_length": 16}
@@ -77,8 +83,13 @@ def generated_corpus(directory: Path) -> Any:
     """A tokenize artifact made without a tokenizer: a chain in which each token has five likely successors."""
     import numpy as np
 
-    from lazypipe.stages.contract import Artifact
-    from lazypipe.stages.data.shards import ShardWriter, write_documents
+    if has_package():
+        from lazypipe.stages.contract import Artifact
+        from lazypipe.stages.data.shards import ShardWriter, write_documents
+    else:
+        from stages.shards import ShardWriter, write_documents
+
+        from stages.contract import Artifact
 
     state, stream = 1, []
     for _ in range(24_000):
@@ -169,10 +180,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--curves", type=Path, help=argparse.SUPPRESS)  # what curves_of calls
     options = parser.parse_args(arguments)
     if options.curves is not None:
-        import lazypipe.stages
-
-        if Path(str(lazypipe.stages.__file__)).resolve().parents[1] != options.curves.resolve():
-            print(f"stages comes from {lazypipe.stages.__file__}, not from {options.curves}", file=sys.stderr)
+        stages = importlib.import_module("lazypipe.stages" if has_package() else "stages")
+        if Path(str(stages.__file__)).resolve().parents[1] != options.curves.resolve():
+            print(f"stages comes from {stages.__file__}, not from {options.curves}", file=sys.stderr)
             return 2
         print(json.dumps(curves()))
         return 0
