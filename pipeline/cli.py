@@ -129,10 +129,10 @@ def rerun(
     """Recompute a stage of an earlier run, or all of them; the experiment comes from the run, not from a local file."""
     from lazypipe.pipeline.commands.rerun import experiment_of_run
     from lazypipe.pipeline.execution.run import RunOptions, run_experiment
-    from lazypipe.pipeline.experiment.document import apply_overrides
     from lazypipe.pipeline.experiment.schema import compose, resolve_root
     from lazypipe.pipeline.planning.plan import Selection
     from lazypipe.pipeline.tracking.uri import probe, tracking_uri
+    from lazypipe.stages.overrides import apply_overrides
 
     uri = tracking_uri(resolve_root(None, root))
     probe(uri)
@@ -296,7 +296,7 @@ def bench(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=", ".join(BENCHMARKS))],
 ) -> None:
     """Time one of them against others; `bench WHAT --help` lists the options."""
-    from lazypipe.pipeline.experiment.document import nearest
+    from lazypipe.stages.contract import nearest
 
     if what in ("--help", "-h"):
         print("Usage: lazypipe bench WHAT [OPTIONS]; lazypipe bench WHAT --help lists the options of one")

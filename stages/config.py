@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 def operational(default: Any = ..., **keywords: Any) -> Any:
@@ -35,6 +36,44 @@ class StageConfig(BaseModel):
         """
         del section
         return dict(fields)
+
+
+def is_operational(field: FieldInfo) -> bool:
+    """Whether a field of a config was made with `operational`."""
+    extra = field.json_schema_extra
+    return isinstance(extra, Mapping) and extra.get("identity") is False
+
+
+def identity(config: BaseModel, defaults: bool = False) -> dict[str, Any]:
+    """The part of a config that decides a result, nested as the config is: no operational fields and, unless
+    `defaults`, none that equal their default.
+    """
+    kept: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if is_operational(field):
+            continue
+        if defaults or field.is_required() or not _same_identity(value, field.get_default(call_default_factory=True)):
+            kept[name] = identity(value, defaults) if isinstance(value, BaseModel) else value
+    return kept
+
+
+def _same_identity(value: Any, default: Any) -> bool:
+    if isinstance(value, BaseModel):
+        return type(value) is type(default) and identity(value) == identity(default)
+    return bool(value == default)
+
+
+def operational_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """The other part, by dotted names: how a stage runs and not what it computes."""
+    kept: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if is_operational(field):
+            kept[prefix + name] = value
+        elif isinstance(value, BaseModel):
+            kept |= operational_fields(value, f"{prefix}{name}.")
+    return kept
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

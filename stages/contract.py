@@ -19,6 +19,7 @@ watches it (the pipeline's progress display, its MLflow logger) only has to read
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -271,6 +272,18 @@ def _append(path: Path, lines: bytes) -> None:
         if (file.write(lines) or 0) < len(lines):
             file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+def closest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """At most `count` of the names that look like a misspelt `name`, the likeliest first."""
+    return difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: '; did you mean 'lr'?' and the names there are."""
+    names = sorted(known)
+    hint = "".join(f"; did you mean {close!r}?" for close in closest(name, names))
+    return f"{hint} (known: {', '.join(names)})"
 
 
 def first_line(error: BaseException | None) -> str:

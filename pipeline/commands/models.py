@@ -9,12 +9,11 @@ from pathlib import Path
 
 from lazypipe.model.baselines import BaselineError, check_baseline
 from lazypipe.model.checkpoint import CONFIG_FILE, TOKENIZER_FILE, Checkpoint, CheckpointError, load_checkpoint
-from lazypipe.pipeline.experiment.document import nearest
 from lazypipe.pipeline.experiment.schema import load_experiment, resolve_root
 from lazypipe.pipeline.planning.plan import build_nodes
 from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.store import Store
-from lazypipe.stages.contract import UserError, first_line
+from lazypipe.stages.contract import UserError, first_line, nearest
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lazypipe.pipeline.execution.run import print_plan
-from lazypipe.pipeline.experiment.document import nearest
 from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, resolve_root
 from lazypipe.pipeline.planning.costs import cost_rows, show_costs, vocabulary
 from lazypipe.pipeline.planning.plan import STAGES, Selection, build_nodes, decide, explain
@@ -21,7 +20,7 @@ from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.lease import living_holder
 from lazypipe.pipeline.store.store import Entry, Store
 from lazypipe.stages.config import StageConfig
-from lazypipe.stages.contract import PROGRESS_FILE, UserError
+from lazypipe.stages.contract import PROGRESS_FILE, UserError, nearest
 
 
 def show_plan(

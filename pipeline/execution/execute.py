@@ -19,18 +19,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lazypipe.pipeline.planning.code_version import code_version
-from lazypipe.pipeline.planning.fingerprint import operational_fields
 from lazypipe.pipeline.store.lease import held_by
 from lazypipe.pipeline.store.store import Entry, Generation, read_generation
-from lazypipe.stages.config import StageConfig
+from lazypipe.stages.config import StageConfig, operational_fields
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.facts import Facts
 from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.registry import STAGE_CONFIGS
+from lazypipe.stages.signals import handled_signals
 from lazypipe.stages.warning_lines import read_warnings
 
 STAGE_MODULES = {
@@ -124,14 +123,8 @@ def sigterm_saves(scratch: Path) -> Iterator[None]:
     For a stage process that is ended by itself: by whoever drains its node, or by hand.
     """
 
-    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        (scratch / "stop").touch()
-
-    previous = signal.signal(signal.SIGTERM, ask)
-    try:
+    with handled_signals(lambda _: (scratch / "stop").touch(), (signal.SIGTERM,)):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _manifest(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +28,7 @@ from lazypipe.pipeline.tracking.tracker import Tracker
 from lazypipe.pipeline.tracking.uri import probe, tracking_uri
 from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.report.table import terminal_rows
+from lazypipe.stages.signals import handled_signals
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -223,22 +223,19 @@ def caught_signals() -> Iterator[CaughtSignal]:
     """The first SIGINT or SIGTERM asks for an orderly stop; a second one is a KeyboardInterrupt."""
     caught = CaughtSignal()
 
-    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def handle(number: int) -> None:
         first = caught.number is None
         caught.number = caught.number or number
         interrupt_now = caught.on_signal() if first and caught.on_signal is not None else True
         if interrupt_now:
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(128 + (caught.number or signal.SIGINT)) from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with handled_signals(handle):
+        try:
+            yield caught
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(128 + (caught.number or signal.SIGINT)) from None
 
 
 # ---- what is printed

@@ -18,15 +18,16 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from lazypipe.model.config import BASELINES, ModelConfig
-from lazypipe.pipeline.experiment.document import Document, apply_overrides, nearest, read_document
+from lazypipe.pipeline.experiment.document import Document, read_document
 from lazypipe.pipeline.experiment.old_keys import with_new_keys
 from lazypipe.pipeline.experiment.validation import check, check_keys
 from lazypipe.stages.config import StageConfig
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import UserError, nearest
 from lazypipe.stages.data.remote import is_uri
 from lazypipe.stages.data.source_files import looks_like_a_path
 from lazypipe.stages.data.sources import FilesSource, HubSource
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.overrides import apply_overrides
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.report.config import ReportConfig
 from lazypipe.stages.sparsity.config import SparsityConfig

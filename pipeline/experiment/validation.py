@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from lazypipe.pipeline.experiment.document import nearest
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.contract import UserError, nearest
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 

@@ -15,40 +15,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
-
-
-def identity(config: BaseModel) -> dict[str, Any]:
-    """The part of a config that decides a result, as JSON values."""
-    kept: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, Mapping) and extra.get("identity") is False:
-            continue
-        value = getattr(config, name)
-        if field.is_required() or not _same_identity(value, field.get_default(call_default_factory=True)):
-            kept[name] = identity(value) if isinstance(value, BaseModel) else value
-    return kept
-
-
-def _same_identity(value: Any, default: Any) -> bool:
-    if isinstance(value, BaseModel):
-        return type(value) is type(default) and identity(value) == identity(default)
-    return bool(value == default)
-
-
-def operational_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """The other part, flattened to dotted names: how a stage runs and not what it computes."""
-    kept: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        extra = field.json_schema_extra
-        if isinstance(extra, Mapping) and extra.get("identity") is False:
-            kept[prefix + name] = value
-        elif isinstance(value, BaseModel):
-            kept |= operational_fields(value, f"{prefix}{name}.")
-    return kept
-
 
 def canonical(value: Any) -> str:
     """A stable JSON text of plain values; anything whose serialisation might change between runs is refused."""

@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from lazypipe.pipeline.experiment.document import nearest
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import sources_digest
-from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint, identity, operational_fields
+from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint
 from lazypipe.pipeline.store.store import Entry, Generation, Store
-from lazypipe.stages.config import StageConfig, flatten
-from lazypipe.stages.contract import UserError
+from lazypipe.stages.config import StageConfig, flatten, identity, operational_fields
+from lazypipe.stages.contract import UserError, nearest
 
 FORCED = "forced"  # marks the scratch of a forced execution
 STAGES = ("tokenize", "pretrain", "evaluate", "sparsity", "report")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import UserError, first_line
+from lazypipe.stages.contract import UserError, closest, first_line
 from lazypipe.stages.data.remote import open_arrow
 from lazypipe.stages.data.source_files import READ_BYTES, SourceFile, open_text_bytes
 
@@ -70,9 +69,8 @@ def _text_of_line(line: bytes, column: str, file: SourceFile, position: int) -> 
 def missing_column(column: str, present: Iterable[str]) -> str:
     """The end of a sentence that says which column was wanted and which are there."""
     names = list(present)
-    close = difflib.get_close_matches(column, names, n=1)
-    nearest = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{column!r}; it has {', '.join(map(repr, names)) or 'no columns'}{nearest} Set source.text_column"
+    hint = "".join(f"; did you mean {close!r}?" for close in closest(column, names))
+    return f"{column!r}; it has {', '.join(map(repr, names)) or 'no columns'}{hint} Set source.text_column"
 
 
 def _place(file: SourceFile, position: int) -> str:

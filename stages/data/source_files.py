@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import difflib
 import glob
 import gzip
 import hashlib
@@ -21,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lazypipe.stages.contract import UserError, write_atomically
+from lazypipe.stages.contract import UserError, closest, write_atomically
 from lazypipe.stages.data.remote import file_name, is_uri, matching, open_binary, size_and_mtime
 from lazypipe.stages.data.sources import EmbeddedSource, FilesSource
 
@@ -164,7 +163,7 @@ def _nearest_name(path: Path) -> str:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return f"; the folder {str(path.parent)!r} does not exist or cannot be read"
-    close = difflib.get_close_matches(path.name, names, n=1)
+    close = closest(path.name, names)
     return f"; did you mean {str(path.parent / close[0])!r}?" if close else "; correct the path"
 
 

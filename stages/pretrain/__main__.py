@@ -1,9 +1,9 @@
 """`python -m lazypipe.stages.pretrain CONFIG.json --tokens DIR --output DIR [key=value ...]`: without Ray and MLflow.
 
-Needs torch, numpy, pyarrow, safetensors and pydantic alone. One process trains by itself; torchrun starts several that
-find each other through RANK, WORLD_SIZE and LOCAL_RANK (NCCL on CUDA, Gloo elsewhere). The output folder is what the
-pretrain stage writes (checkpoint/, tables/, metrics.jsonl) with result.json at the end and, until then, scratch/ with
-the resume checkpoints: the same command again goes on from the newest.
+Needs torch, numpy, pyarrow, safetensors and pydantic alone, and ruamel.yaml for overrides. One process trains by
+itself; torchrun starts several that find each other through RANK, WORLD_SIZE and LOCAL_RANK (NCCL on CUDA, Gloo
+elsewhere). The output folder is what the pretrain stage writes (checkpoint/, tables/, metrics.jsonl) with result.json
+at the end and, until then, scratch/ with the resume checkpoints: the same command again goes on from the newest.
 
 Exit codes: 0 trained (or was already), 2 something you can fix, 143 and 130 saved and left after SIGTERM and SIGINT.
 """
@@ -11,7 +11,6 @@ Exit codes: 0 trained (or was already), 2 something you can fix, 143 and 130 sav
 from __future__ import annotations
 
 import argparse
-import difflib
 import fcntl
 import json
 import os
@@ -20,11 +19,10 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, NoReturn
 
 import torch
@@ -32,19 +30,21 @@ import torch.distributed as dist
 from pydantic import BaseModel, ValidationError
 
 from lazypipe.model.config import ModelConfig
-from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError, write_atomically
+from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError, nearest, write_atomically
 from lazypipe.stages.facts import PretrainFacts, TokenizeFacts
 from lazypipe.stages.files import files_problem
+from lazypipe.stages.overrides import apply_overrides
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.pretrain.checkpoint.state import other_identity, run_identity
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.determinism import prepare_cublas
+from lazypipe.stages.pretrain.parallel import from_first
+from lazypipe.stages.signals import handled_signals
 from lazypipe.stages.warning_lines import read_warnings, warning_text
 
 RESULT = "result.json"
 PRINT_EVERY_S = 10.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -98,9 +98,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code. Messages of several processes are those of rank 0."""
     first = os.environ.get("RANK", "0") == "0"
     caught: list[int] = []
-    previous = {number: signal.signal(number, _remember(caught)) for number in SIGNALS}
     try:
-        with warnings.catch_warnings():
+        with handled_signals(_remember(caught)), warnings.catch_warnings():
             warnings.showwarning = _show_warning if first else _ignore_warning
             train(parse(arguments), caught)
     except UserError as refusal:
@@ -112,20 +111,18 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{interrupted}; the same command goes on from there", flush=True)
         return 128 + (caught[0] if caught else signal.SIGTERM)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
 
 
-def _remember(caught: list[int]) -> Any:
+def _remember(caught: list[int]) -> Callable[[int], None]:
     """The first signal asks for a checkpoint at the end of the step; another one ends a process that trains alone.
 
     Under torchrun a second one is usual: Ctrl-C reaches the workers from the terminal and from torchrun.
     """
 
-    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def handle(number: int) -> None:
         caught.append(number)
         if len(caught) > 1 and "WORLD_SIZE" not in os.environ:
             sys.exit(128 + number)
@@ -154,7 +151,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "config", type=Path, metavar="CONFIG.json", help="as lazypipe plan --print pretrain/VARIANT prints"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lr=1e-3 or model.num_layers=2")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as lr=1e-3 or model.num_layers=2; ~key deletes"
+    )
     parser.add_argument("--tokens", type=Path, required=True, metavar="DIR", help="a tokenize result of the store")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where everything is written")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU (default: torch's own choice)")
@@ -172,10 +171,10 @@ def train(options: argparse.Namespace, caught: list[int]) -> None:
     if config.deterministic and torch.cuda.is_available():
         prepare_cublas(os.environ, False)  # before CUDA is used, as the next line does
     rank, world_size = join_workers()
-    corpus = open_corpus(options.tokens, rank)
+    corpus = open_corpus(options.tokens, rank, world_size)
     output, scratch, identity = options.output, options.output / "scratch", run_identity(config, corpus)
-    with locked(output, rank):
-        result = agreed(rank, lambda: finished_result(output, identity))
+    with locked(output, rank, world_size):
+        result = from_first(lambda: finished_result(output, identity), rank, world_size)
         if result is not None:
             if rank == 0:
                 print(f"{output} is trained already: validation loss {result['metrics']['validation_loss']:.4f}")
@@ -215,23 +214,8 @@ def join_workers() -> tuple[int, int]:
     return rank, world_size
 
 
-def agreed(rank: int, check: Any) -> Any:
-    """What `check` returns on rank 0, or the UserError it raises there, on every rank: files are looked at once."""
-    found: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            found[0] = check()
-        except UserError as refusal:
-            found[1] = str(refusal)
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
-
-
 def read_config(path: Path, overrides: Sequence[str]) -> PretrainConfig:
-    """The PretrainConfig in a JSON file, with `a.b=value` set in it; a value is JSON, or else text."""
+    """The PretrainConfig in a JSON file, changed by overrides (stages/overrides.py)."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -240,22 +224,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> PretrainConfig:
         ) from error
     if not isinstance(fields, dict):
         raise UserError(f"{path}: expected the fields of a pretrain config, found {type(fields).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {override!r}: expected key=value such as lr=1e-3 or model.num_layers=2")
-        *parents, last = key.split(".")
-        here = fields
-        for name in parents:
-            here = here.setdefault(name, {})
-            if not isinstance(here, dict):
-                raise UserError(
-                    f"override {override!r}: {name} is {here!r}, not a mapping; nothing can be set below it"
-                )
-        try:
-            here[last] = json.loads(text)
-        except ValueError:
-            here[last] = text
+    fields = apply_overrides(fields, overrides)
     try:
         return PretrainConfig.model_validate(fields)
     except ValidationError as error:
@@ -266,12 +235,11 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "value_error":
-        return str(first["msg"]).removeprefix("Value error, ")
+        return (f"{key}: " if key else "") + str(first["msg"]).removeprefix("Value error, ")
     if first["type"] != "extra_forbidden":
         return f"{key}: {first['msg'].replace('Input should be', 'must be')}, found {first['input']!r}"
     model: type[BaseModel] = ModelConfig if key.startswith("model.") else PretrainConfig
-    close = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, n=1, cutoff=0.5)
-    return f"{key}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "; leave it out")
+    return f"{key}: unknown key{nearest(str(first['loc'][-1]), model.model_fields)}"
 
 
 def verified_corpus(path: Path) -> Path:
@@ -294,14 +262,14 @@ def verified_corpus(path: Path) -> Path:
     return directory
 
 
-def open_corpus(path: Path, rank: int) -> Artifact:
+def open_corpus(path: Path, rank: int, world_size: int) -> Artifact:
     """The tokenize generation at `path`, or the one that its `current` names; every file checked, by rank 0."""
-    directory = agreed(rank, lambda: verified_corpus(path))
+    directory = from_first(lambda: verified_corpus(path), rank, world_size)
     return Artifact(directory, json.loads((directory / "manifest.json").read_text(encoding="utf-8")))
 
 
 @contextmanager
-def locked(output: Path, rank: int) -> Iterator[None]:
+def locked(output: Path, rank: int, world_size: int) -> Iterator[None]:
     """Make the output folder and keep a second command out of it."""
     handle: list[IO[str]] = []
 
@@ -317,7 +285,7 @@ def locked(output: Path, rank: int) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"--output {output}: cannot be written: {error}; choose another") from error
 
-    agreed(rank, lock)
+    from_first(lock, rank, world_size)
     try:
         yield
     finally:

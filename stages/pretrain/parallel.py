@@ -9,19 +9,23 @@ which is what autocast would cast them to, and reduce gradients in float32; resi
 float32. Sharding therefore changes the order of sums and nothing else, and with reduction=ordered not even that.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Context
+from lazypipe.stages.contract import Context, UserError
 from lazypipe.stages.pretrain.optimizer import split_parameters
 from lazypipe.stages.pretrain.ordered_sum import OrderedReduceScatter
+
+Result = TypeVar("Result")
 
 
 def check_process_group(context: Context) -> None:
@@ -31,6 +35,50 @@ def check_process_group(context: Context) -> None:
             f"world_size={context.world_size}, but torch.distributed's process group is not initialised with as "
             "many workers; call torch.distributed.init_process_group first"
         )
+
+
+def together(action: Callable[[], Result], world_size: int, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """What `action` returned on each worker, in the order of ranks. If it failed on one worker, it fails on all.
+
+    Then each raises UserError if nothing but UserErrors were raised, OSError if nothing but those, else RuntimeError,
+    with the messages of all; a single worker raises its own error. group: default, that of all workers.
+    """
+    result, failure, cause = None, None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as error:
+        failure, cause = _failure(error), error
+    outcomes: list[Any] = [(result, failure)]
+    if world_size > 1:
+        outcomes *= world_size
+        dist.all_gather_object(outcomes, (result, failure), group=group)
+    failures = list(dict.fromkeys(failure for _, failure in outcomes if failure is not None))
+    if failures:
+        if world_size == 1 and not isinstance(cause, CheckpointException):
+            assert cause is not None
+            raise cause
+        kinds = {kind for kind, _ in failures}
+        kind = kinds.pop() if len(kinds) == 1 else RuntimeError
+        raise kind("; ".join(text for _, text in failures)) from cause
+    return [result for result, _ in outcomes]
+
+
+def from_first(
+    action: Callable[[], Result], rank: int, world_size: int, group: dist.ProcessGroup | None = None
+) -> Result:
+    """What `action` returns on worker 0, which alone calls it, on every worker; its error is raised by all of them."""
+    results: list[Any] = together(lambda: action() if rank == 0 else None, world_size, group)
+    result: Result = results[0]
+    return result
+
+
+def _failure(error: BaseException) -> tuple[type[Exception], str]:
+    """(UserError, OSError or, of anything else, RuntimeError; the message): of all workers, where
+    torch.distributed.checkpoint has collected their errors.
+    """
+    errors = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    known = (kind for kind in (UserError, OSError) if all(isinstance(e, kind) for e in errors))
+    return next(known, RuntimeError), "; ".join(dict.fromkeys(map(str, errors)))
 
 
 def place_model(

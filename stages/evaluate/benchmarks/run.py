@@ -34,6 +34,7 @@ from lazypipe.stages.evaluate.benchmarks.tasks import files_of, load_task
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.kept_work import keep, kept, sweep_unfinished, work_key
 from lazypipe.stages.kernel_check import check_inference_kernels
+from lazypipe.stages.random_states import preserved_random_states
 
 TABLE = "tasks"
 SAMPLES_FILE = "samples.jsonl"
@@ -306,21 +307,6 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
-
-
-@contextlib.contextmanager
-def preserved_random_states() -> Iterator[None]:
-    """The global random states of Python, NumPy and torch, as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ imports the harness.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import re
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lazypipe.stages.contract import UserError, first_line
+from lazypipe.stages.contract import UserError, closest, first_line
 from lazypipe.stages.evaluate.benchmarks.suites import SUITES, expand
 from lazypipe.stages.evaluate.benchmarks.task_files import check_file, read_rows
 from lazypipe.stages.evaluate.config import EvaluateConfig
@@ -62,7 +61,7 @@ def definition(task: str) -> Path:
         return known
     names = scan(folder)
     if task not in names:
-        close = difflib.get_close_matches(task.strip().lower(), [*SUITES, *names], n=3, cutoff=0.6)
+        close = closest(task.strip().lower(), {*SUITES, *names}, 3)
         offered = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise UserError(
             f"evaluate.tasks: lm-evaluation-harness has no task {task!r}{offered} The suites are {', '.join(SUITES)}"

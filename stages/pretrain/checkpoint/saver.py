@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lazypipe.stages.contract import METRICS_FILE, Context, UserError
@@ -43,7 +43,7 @@ from lazypipe.stages.pretrain.checkpoint.state import (
     take_snapshot,
     write_resume_checkpoint,
 )
-from lazypipe.stages.pretrain.parallel import check_process_group
+from lazypipe.stages.pretrain.parallel import check_process_group, from_first, together
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,8 @@ class CheckpointSaver:
     keep: resume checkpoints kept, the newest. keep_every: those of steps that it divides are kept as well.
     in_background: save from a copy of the state in host memory, while training goes on.
 
-    Leaving it as a context manager waits for a save under way.
+    Leaving it as a context manager waits for a save under way. Inside, a warning of torch about saving in one process
+    is left out.
     """
 
     def __init__(
@@ -67,12 +68,13 @@ class CheckpointSaver:
         self._under_way: tuple[int, Future[None]] | None = None
         self._stager: DefaultStager | None = None
         self._group: Any = None
-        # torch says so although it was told `no_dist`, and from another thread it could not be silenced for a while.
-        self._filters = warnings.catch_warnings()
-        self._filters.__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        self._filters = ExitStack()
 
     def __enter__(self) -> CheckpointSaver:
+        # torch says so although it was told `no_dist`. Filters belong to the process: the thread that writes cannot set
+        # them for the length of a save without taking those of the training thread away.
+        self._filters.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -83,11 +85,11 @@ class CheckpointSaver:
                 raise
         finally:
             self._executor.shutdown()
-            self._filters.__exit__(None, None, None)
             if self._stager is not None:
                 self._stager.close()
             if self._group is not None:
                 dist.destroy_process_group(self._group)
+            self._filters.close()
 
     def resume(self, model: nn.Module, optimizer: torch.optim.AdamW, identity: Mapping[str, Any]) -> RunState:
         """The state of the newest intact checkpoint, loaded; a fresh one without.
@@ -98,7 +100,7 @@ class CheckpointSaver:
         check_process_group(context)
         if context.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        newest = self._together(lambda: newest_checkpoint(self.folder, context.warn) if context.rank == 0 else None)[0]
+        newest = self._from_first(lambda: newest_checkpoint(self.folder, context.warn))
         seen = self._together(lambda: None if newest is None else _manifest_digest(newest))
         if len(set(seen)) > 1:
             raise UserError(
@@ -178,11 +180,11 @@ class CheckpointSaver:
         first, step = self.context.rank == 0, snapshot.step
         target = partial_checkpoint(self.folder, step)
         try:
-            self._together(lambda: self._open(step, unlogged) if first else None)
+            self._from_first(lambda: self._open(step, unlogged))
             write = partial(write_resume_checkpoint, target, snapshot, self.context.rank, self._group)
             files = self._together(lambda: describe_durably(write()))
             every = {name: entry for part in files for name, entry in part.items()}
-            self._together(lambda: self._close(step, every) if first else None)
+            self._from_first(lambda: self._close(step, every))
         except BaseException:
             if first:
                 shutil.rmtree(target, ignore_errors=True)
@@ -202,36 +204,10 @@ class CheckpointSaver:
         prune_checkpoints(committed, self.keep, self.keep_every)
 
     def _together(self, action: Callable[[], Result]) -> list[Result]:
-        """What `action` returned on each worker; if it failed on one it fails on all: with UserError if only that was
-        said, with OSError if the disk did it.
-        """
-        result, failure, cause = None, None, None
-        try:
-            result = action()
-        except (Exception, CheckpointException) as error:
-            failure, cause = _failure(error), error
-        outcomes: list[Any] = [(result, failure)]
-        if self._group is not None:
-            outcomes *= self.context.world_size
-            dist.all_gather_object(outcomes, (result, failure), group=self._group)
-        failures = list(dict.fromkeys(failure for _, failure in outcomes if failure is not None))
-        if failures:
-            if self._group is None and not isinstance(cause, CheckpointException):
-                assert cause is not None
-                raise cause
-            kinds = {kind for kind, _ in failures}
-            kind = kinds.pop() if len(kinds) == 1 else RuntimeError
-            raise kind("; ".join(text for _, text in failures)) from cause
-        return [result for result, _ in outcomes]
+        return together(action, self.context.world_size, self._group)
 
-
-def _failure(error: BaseException) -> tuple[type[Exception], str]:
-    """(UserError, OSError or, of anything else, RuntimeError; what it says): of all workers, where DCP has collected
-    their errors.
-    """
-    errors = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    known = (kind for kind in (UserError, OSError) if all(isinstance(e, kind) for e in errors))
-    return next(known, RuntimeError), "; ".join(dict.fromkeys(map(str, errors)))
+    def _from_first(self, action: Callable[[], Result]) -> Result:
+        return from_first(action, self.context.rank, self.context.world_size, self._group)
 
 
 def _manifest_digest(directory: Path) -> str:

@@ -31,11 +31,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lazypipe.stages.config import flatten, identity
 from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.facts import TokenizeFacts
 from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_FORMAT, CHECKPOINT_MANIFEST, checkpoint_problem
-from lazypipe.stages.pretrain.checkpoint.random_states import random_states, set_random_states
 from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.random_states import random_states, set_random_states
 
 DCP_METADATA = ".metadata"
 RANDOM_FILE = "random_states-{rank}.safetensors"
@@ -61,26 +62,18 @@ class RunState:
 
 def run_identity(config: PretrainConfig, corpus: Artifact) -> dict[str, Any]:
     """All that decides the weights, flat by name: identity fields of the config, and which corpus it is."""
-    identity = _config_identity(config)
+    fields = _config_identity(config)
     facts = TokenizeFacts.read(corpus.manifest)
-    identity["corpus.fingerprint"] = facts.source.fingerprint
-    identity["corpus.vocab_size"] = facts.vocab_size
-    identity["corpus.train_tokens"] = facts.splits["train"].tokens
-    return identity
+    fields["corpus.fingerprint"] = facts.source.fingerprint
+    fields["corpus.vocab_size"] = facts.vocab_size
+    fields["corpus.train_tokens"] = facts.splits["train"].tokens
+    return fields
 
 
 def _config_identity(config: PretrainConfig) -> dict[str, Any]:
-    identity: dict[str, Any] = {}
-    for name, description in type(config).model_fields.items():
-        extra = description.json_schema_extra
-        if isinstance(extra, dict) and extra.get("identity") is False:
-            continue
-        value = config.model_dump(mode="json")[name]
-        if isinstance(value, dict):
-            identity.update({f"{name}.{key}": entry for key, entry in value.items()})
-        else:
-            identity[name] = value
-    return identity
+    """The identity with its defaults, as JSON reads it back (lists, no tuples)."""
+    fields: dict[str, Any] = json.loads(json.dumps(flatten(identity(config, defaults=True))))
+    return fields
 
 
 @dataclass(frozen=True)

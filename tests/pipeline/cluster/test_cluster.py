@@ -20,11 +20,12 @@ from mlflow import MlflowClient
 
 from lazypipe.pipeline.cluster.package import PACKAGES, START_SCRIPT, write_job_package
 from lazypipe.pipeline.cluster.submit import _exit_code, check_join, dashboard_url, job_place
-from lazypipe.pipeline.experiment.document import parse_yaml, read_document
+from lazypipe.pipeline.experiment.document import read_document
 from lazypipe.pipeline.experiment.schema import compose, load_experiment
 from lazypipe.pipeline.planning.code_version import PROJECT, code_version, sources_digest
 from lazypipe.pipeline.tracking.ui import check_port, served_uri
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.yaml_text import parse_yaml
 from tests.pipeline.tiny import FinishedRun, clean_environment, lazypipe, write_experiment
 
 DOCUMENT: dict[str, Any] = {"name": "tiny", "variants": {"lazy": {"mixer": "lazy"}}}

@@ -11,10 +11,11 @@ from lazypipe.model.pattern import PATTERNS
 from lazypipe.model.sizes import PYTHIA_VOCABULARY, SIZES
 from lazypipe.pipeline.experiment.schema import Experiment, load_experiment
 from lazypipe.pipeline.planning.costs import Vocabulary, cost_rows, vocabulary
-from lazypipe.pipeline.planning.fingerprint import fingerprint, identity
+from lazypipe.pipeline.planning.fingerprint import fingerprint
 from lazypipe.pipeline.planning.plan import Selection, build_nodes, decide
 from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.store import Store
+from lazypipe.stages.config import identity
 from tests.pipeline.tiny import write_corpus
 
 CONFIGS = Path(__file__).parents[3] / "configs"

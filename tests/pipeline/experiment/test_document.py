@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.pipeline.experiment.document import (
-    MAX_DEPTH,
-    apply_overrides,
-    dump_yaml,
-    merge,
-    parse_yaml,
-    read_document,
-)
+from lazypipe.pipeline.experiment.document import dump_yaml, merge, read_document
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.overrides import apply_overrides
+from lazypipe.stages.yaml_text import MAX_DEPTH, parse_yaml
 
 SCALARS = (
     st.none()

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from lazypipe.pipeline.experiment.document import apply_overrides
 from lazypipe.pipeline.experiment.schema import compose, load_experiment
-from lazypipe.pipeline.planning.fingerprint import identity
 from lazypipe.pipeline.planning.plan import Selection, decide
 from lazypipe.pipeline.planning.preflight import check_lengths
 from lazypipe.pipeline.store.store import Store
+from lazypipe.stages.config import identity
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.overrides import apply_overrides
 from tests.pipeline.store.filled_store import SMALL, commit, nodes_of
 
 

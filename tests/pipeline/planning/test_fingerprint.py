@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.schema import load_experiment
-from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint, identity, operational_fields
-from lazypipe.stages.config import StageConfig, flatten, operational
+from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint
+from lazypipe.stages.config import StageConfig, flatten, identity, operational, operational_fields
 from lazypipe.stages.data.sources import FilesSource, HubSource
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.pretrain.config import PretrainConfig

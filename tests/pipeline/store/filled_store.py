@@ -9,9 +9,9 @@ from typing import Any
 
 from lazypipe.pipeline.experiment.schema import compose
 from lazypipe.pipeline.planning.code_version import sources_digest
-from lazypipe.pipeline.planning.fingerprint import operational_fields
 from lazypipe.pipeline.planning.plan import Decision, Node, build_nodes
 from lazypipe.pipeline.store.store import MANIFEST, Generation, Store
+from lazypipe.stages.config import operational_fields
 from tests.stages.made_facts import tokenize_facts
 
 SMALL: dict[str, Any] = {

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lazypipe.stages.contract import Artifact, Context, file_sha256
+from lazypipe.stages.contract import Artifact, Context, UserError, file_sha256
+from lazypipe.stages.overrides import apply_overrides
 from lazypipe.stages.pretrain import __main__ as pretrain_command
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
@@ -235,6 +236,7 @@ def test_torchrun_passes_a_signal_on_to_all_workers(corpus: Artifact, tmp_path: 
         (["lr=fast"], "lr: must be a valid number, unable to parse string as a number, found 'fast'"),
         (["learning_rate=1"], "learning_rate: unknown key"),
         (["model.num_layer=1"], "model.num_layer: unknown key; did you mean 'num_layers'?"),
+        (["model.num_heads=5"], "model: num_heads=5 does not divide"),
         (["tokens_per_step=100"], "tokens_per_step=100 is not a multiple"),
         (["lr"], "override 'lr': expected key=value"),
         (["lr.x=1"], "lr is 0.01, not a mapping"),
@@ -254,6 +256,24 @@ def test_bad_input_is_one_clear_line(
     found = capsys.readouterr()
     assert found.out == "" and found.err.startswith("error: ") and found.err.count("\n") == 1
     assert message in found.err
+
+
+def test_overrides_read_as_those_of_lazypipe_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, file = write_config(tmp_path, spike_sigma=3.0)
+    given = ["lr=1e-3", "spike_sigma=null", "compile=true", "~warmup_steps", "model.pattern=[1]"]
+    changed = pretrain_command.read_config(file, given)
+    expected = apply_overrides(config.model_dump(mode="json"), given)
+    assert changed == PretrainConfig.model_validate(expected)
+    assert (changed.lr, changed.spike_sigma, changed.compile, changed.warmup_steps) == (1e-3, None, True, 50)
+    assert changed.model.layer_mixers == ("standard", "lazy")
+    with pytest.raises(UserError, match=r"override '~learning_rate': there is no such key to delete"):
+        pretrain_command.read_config(file, ["~learning_rate"])
+    with pytest.raises(UserError, match=r"override 'lr=\[1': value:1:3: not valid YAML"):
+        pretrain_command.read_config(file, ["lr=[1"])
+    monkeypatch.setitem(sys.modules, "lazypipe.stages.yaml_text", None)  # as where ruamel.yaml is missing
+    with pytest.raises(UserError, match=r"override 'lr=1': values are read by ruamel.yaml, which is missing"):
+        pretrain_command.read_config(file, ["lr=1"])
+    assert pretrain_command.read_config(file, []) == config
 
 
 def test_other_folders_and_damaged_tokens_are_refused(
@@ -289,6 +309,6 @@ def test_two_commands_do_not_share_an_output(
     corpus: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, file = write_config(tmp_path)
-    with pretrain_command.locked(tmp_path / "out", 0):
+    with pretrain_command.locked(tmp_path / "out", 0, 1):
         assert pretrain_command.main([str(file), "--tokens", str(corpus.path), "--output", str(tmp_path / "out")]) == 2
     assert "another process trains there" in capsys.readouterr().err

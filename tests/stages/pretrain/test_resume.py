@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,14 @@ import pytest
 import torch
 
 from lazypipe.model.transformer import Transformer
-from lazypipe.stages.contract import Context, UserError
+from lazypipe.stages.contract import Artifact, Context, UserError
 from lazypipe.stages.pretrain.checkpoint import saver as checkpoint_saver
 from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_MANIFEST, checkpoint_step, newest_checkpoint
-from lazypipe.stages.pretrain.checkpoint.random_states import random_states, set_random_states
 from lazypipe.stages.pretrain.checkpoint.saver import CheckpointSaver
-from lazypipe.stages.pretrain.checkpoint.state import RunState
+from lazypipe.stages.pretrain.checkpoint.state import RunState, run_identity
 from lazypipe.stages.pretrain.optimizer import build_optimizer
+from lazypipe.stages.pretrain.parallel import from_first, together
+from lazypipe.stages.random_states import random_states, set_random_states
 from tests.stages.pretrain.sharded_training import IDENTITY, built, save_and_resume, train, whole_state
 from tests.stages.pretrain.toy_training import context_in, tiny_run
 
@@ -73,6 +75,44 @@ def test_everything_comes_back(tmp_path: Path, in_background: bool) -> None:
     train(model, optimizer, 2)
     train(other, other_optimizer, 2)
     assert torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+def test_what_decides_the_weights_is_named_field_by_field(corpus: Artifact) -> None:
+    """As the checkpoints of earlier versions have it: JSON values, defaults included, operational fields left out."""
+    config = tiny_run("lazy", log_every=3)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"pattern": (1,)})})
+    fields = run_identity(config, corpus)
+    dumped = json.loads(config.model_dump_json())
+    model = {f"model.{name}": value for name, value in dumped.pop("model").items()}
+    assert fields["model.pattern"] == [1] and fields["model.norm_eps"] == config.model.norm_eps
+    assert model.items() <= fields.items()
+    left_out = {"log_every", "kernel", "parallel", "reduction", "checkpoint_every", "compile", "deterministic"}
+    assert left_out.isdisjoint(fields) and "lr" in fields
+    others = {"corpus.fingerprint", "corpus.vocab_size", "corpus.train_tokens"}
+    assert {name: fields[name] for name in fields.keys() - model.keys() - others}.items() <= dumped.items()
+
+
+def test_filters_of_warnings_are_those_of_before_when_training_is_left(tmp_path: Path) -> None:
+    before = list(warnings.filters)
+    model, optimizer = trained()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with CheckpointSaver(context_in(tmp_path)) as saver:
+            saver.save(model, optimizer, RunState(step=1), IDENTITY)
+            saver.save(model, optimizer, RunState(step=2), IDENTITY, final=True)
+    assert [str(one.message) for one in caught] == []
+    assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize("error", [UserError("too few"), OSError("full"), KeyError("a mistake of ours")])
+def test_one_worker_raises_its_own_error(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        from_first(fail, rank=0, world_size=1)
+    assert raised.value is error
+    assert together(lambda: 3, world_size=1) == [3]
 
 
 def test_random_states_come_back_in_the_middle_of_a_pair_of_gaussians() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazypipe.pipeline.planning.fingerprint import identity
+from lazypipe.stages.config import identity
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.tokenization.config import Filters, TokenizeConfig
 from lazypipe.stages.tokenization.filters import DUPLICATE, KEPT, TOO_SHORT, filter_documents

@@ -1,6 +1,8 @@
 """The state of every global random generator of a process as tensors: torch on the CPU and each GPU, NumPy, Python."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,3 +35,13 @@ def set_random_states(states: dict[str, Tensor]) -> None:
     version, *integers = states["python.integers"].tolist()
     next_gauss = states["python.gauss"].tolist()
     random.setstate((version, tuple(integers), next_gauss[0] if next_gauss else None))
+
+
+@contextmanager
+def preserved_random_states() -> Iterator[None]:
+    """Whatever is drawn inside, the generators go on afterwards as if nothing had been."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
