@@ -11,8 +11,8 @@ import pytest
 
 from lazypipe.pipeline import cli
 from lazypipe.pipeline.experiment.schema import compose
-from lazypipe.pipeline.planning.fingerprint import identity
 from lazypipe.pipeline.planning.plan import build_nodes, explain
+from lazypipe.stages.config import identity
 from lazypipe.stages.contract import OldKeyWarning, UserError
 from tests.pipeline.store.filled_store import SMALL, filled
 
