@@ -138,7 +138,8 @@ def rerun(
     probe(uri)
     document, node_id, run_root = experiment_of_run(uri, run_id)
     experiment = compose(apply_overrides(document, overrides or ()))
-    force = tuple(stage or ()) or ((node_id,) if node_id else ("tokenize",))
+    first = tuple(row.name for row in experiment.rows if not row.inputs)
+    force = tuple(stage or ()) or ((node_id,) if node_id else first)
     options = RunOptions(
         Selection(force=force),
         local,

@@ -22,7 +22,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 
 class StageConfig(BaseModel):
-    """Base of all configs: frozen, unknown keys refused."""
+    """Base of all configs: frozen, unknown keys refused.
+
+    STAGE_VERSION: part of a stage's recipe; raised when the same Config means another result.
+    """
+
+    STAGE_VERSION: ClassVar[int] = 1
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from lazypipe.pipeline.cluster.package import START_SCRIPT_FILE, write_job_package
 from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE
-from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, source_files, task_files
+from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, local_files
 from lazypipe.pipeline.tracking.uri import PROBE_TIMEOUT_S
 from lazypipe.stages.contract import UserError, first_line
 
@@ -65,8 +65,8 @@ def submit_job(
 
     say(f"submitted {job_id} to {url}")
     say(f"root on the cluster: {place.root}")
-    if sources := source_files(experiment.tokenize) + task_files(experiment):
-        say(f"not shipped, must exist on every node of the cluster: {', '.join(sources)}")
+    if files := local_files(experiment):
+        say(f"not shipped, must exist on every node of the cluster: {', '.join(files)}")
     how = f"follow: ray job logs --address {url} --follow {job_id}\nstop:   ray job stop --address {url} {job_id}"
     if not follow:
         say(how)

@@ -18,8 +18,7 @@ from lazypipe.pipeline.execution.execute import RECORDED_VERSIONS
 from lazypipe.pipeline.experiment.schema import resolve_root
 from lazypipe.pipeline.tracking.uri import probe, tracking_uri
 from lazypipe.stages.contract import UserError
-from lazypipe.stages.tokenization.config import TokenizeConfig
-from lazypipe.stages.tokenization.identity import check_source
+from lazypipe.stages.registry import STAGES
 
 Check = tuple[str, bool, str]
 
@@ -35,7 +34,7 @@ def diagnose(root_option: str | None, as_json: bool, console: Console) -> int:
         *(_package(name) for name in RECORDED_VERSIONS if name != "triton"),
         ("cores", True, str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())),
         _attempt("torch device", _device),
-        _attempt("embedded corpus", lambda: f"{check_source(TokenizeConfig(), None, min_tokens=1).bytes:,} bytes"),
+        _attempt("embedded corpus", _corpus),
         ("root", os.access(existing, os.W_OK), f"{root} ({free_gib:.0f} GiB free)"),
         _attempt("MLflow", lambda: _probed(uri)),
     ]
@@ -62,6 +61,11 @@ def _attempt(name: str, action: Callable[[], str]) -> Check:
         return (name, True, action())
     except (UserError, ImportError) as error:
         return (name, False, str(error))
+
+
+def _corpus() -> str:
+    sizes = [row.corpus.check(row.config(), None, min_tokens=1) for row in STAGES if row.corpus is not None]
+    return f"{sum(sizes):,} bytes"
 
 
 def _probed(uri: str) -> str:

@@ -27,8 +27,8 @@ class Trained:
 def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str], root: str | None) -> Path:
     """The folder of the checkpoint that `target` means; UserError when there is none.
 
-    A folder is a checkpoint, or holds one as `checkpoint/`, as a pretrain result does. A file is an experiment, whose
-    `variant` (needed when there are several) is looked up in the store below `root`.
+    A folder is a checkpoint, or holds one as `checkpoint/`, as the result of the stage that makes models does. A file
+    is an experiment, whose `variant` (needed when there are several) is looked up in the store below `root`.
     """
     if target.is_dir():
         if variant is not None or overrides:
@@ -46,7 +46,8 @@ def checkpoint_folder(target: Path, variant: str | None, overrides: Sequence[str
         raise UserError(f"--variant {variant}: {target} has no such variant{nearest(variant, names)}")
     place = resolve_root(experiment, root)
     sources = inspect_sources(experiment, place, write_cache=False)
-    node = build_nodes(sources.experiment, sources.identity, sources.tasks)[f"pretrain/{variant}"]
+    nodes = build_nodes(sources.experiment, sources.identity).values()
+    node = next(node for node in nodes if node.row.models is not None and node.variant == variant)
     entry = Store(place).entry(node.stage, node.fingerprint)
     again = shlex.join(
         ["lazypipe", "run", str(target), *overrides, "--only", node.id, *(["--root", root] if root else [])]

@@ -15,12 +15,12 @@ from rich.text import Text
 from lazypipe.pipeline.execution.run import print_plan
 from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, resolve_root
 from lazypipe.pipeline.planning.costs import cost_rows, show_costs, vocabulary
-from lazypipe.pipeline.planning.plan import STAGES, Selection, build_nodes, decide, explain
+from lazypipe.pipeline.planning.plan import Selection, build_nodes, corpus_of, decide, explain
 from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.lease import living_holder
 from lazypipe.pipeline.store.store import Entry, Store
-from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import PROGRESS_FILE, UserError, nearest
+from lazypipe.stages.registry import STAGES
 
 
 def show_plan(
@@ -38,15 +38,15 @@ def show_plan(
     store = Store(root)
     try:
         sources = inspect_sources(experiment, root, write_cache=False)
-        nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
+        nodes = build_nodes(sources.experiment, sources.identity)
         decisions = decide(nodes, store, selection, full_check=verify)
     except UserError:
         if not as_json:  # the models need no corpus: a hub that cannot be reached does not hide what they cost
-            show_costs(cost_rows(experiment, vocabulary(experiment.tokenize, None)), console)
+            show_costs(cost_rows(experiment, vocabulary(experiment, None)), console)
         raise
-    corpus = decisions["tokenize"]
-    stored = corpus.generation if corpus.action == "cached" else None
-    costs = cost_rows(experiment, vocabulary(experiment.tokenize, stored))
+    corpus = corpus_of(decisions)
+    stored = corpus.generation if corpus is not None and corpus.action == "cached" else None
+    costs = cost_rows(experiment, vocabulary(experiment, stored))
     changes = {
         node_id: explain(d.node, store)
         for node_id, d in decisions.items()
@@ -86,13 +86,9 @@ def show_plan(
 
 def print_config(experiment: Experiment, node_id: str) -> None:
     """The resolved config of a stage as JSON: of pretrain/VARIANT what `python -m lazypipe.stages.pretrain` takes."""
-    configs: dict[str, StageConfig] = {"tokenize": experiment.tokenize, "report": experiment.report}
-    for name, variant in experiment.variants.items():
-        for stage in ("pretrain", "evaluate", "sparsity"):
-            configs[f"{stage}/{name}"] = getattr(variant, stage)
-    if node_id not in configs:
-        raise UserError(f"--print {node_id}: there is no such stage{nearest(node_id, configs)}")
-    print(json.dumps(configs[node_id].model_dump(mode="json"), indent=1))
+    if node_id not in experiment.configs:
+        raise UserError(f"--print {node_id}: there is no such stage{nearest(node_id, experiment.configs)}")
+    print(json.dumps(experiment.configs[node_id].model_dump(mode="json"), indent=1))
 
 
 def show_status(
@@ -104,10 +100,10 @@ def show_status(
     store = Store(root)
     if experiment is not None:
         sources = inspect_sources(experiment, root, write_cache=False)
-        nodes = build_nodes(sources.experiment, sources.identity, sources.tasks).values()
+        nodes = build_nodes(sources.experiment, sources.identity).values()
         rows = [_row(n.stage, n.variant, store.entry(n.stage, n.fingerprint)) for n in nodes]
     else:
-        rows = [_row(stage, None, entry) for stage in STAGES for entry in store.entries(stage)]
+        rows = [_row(stage.name, None, entry) for stage in STAGES for entry in store.entries(stage.name)]
     if as_json:
         print(json.dumps({"root": str(root), "stages": rows}, indent=1))
         return

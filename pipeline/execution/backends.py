@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from lazypipe.pipeline.execution.execute import MapFunction, StageTask, execute_stage, map_in_processes, sigterm_saves
-from lazypipe.pipeline.experiment.schema import Experiment, PretrainResources, StageResources
+from lazypipe.pipeline.experiment.resources import StageResources, WorkerResources
+from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import PROJECT
 from lazypipe.pipeline.planning.plan import Node
 from lazypipe.stages.contract import UserError, first_line
-from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.registry import stage_row
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class Backend(Protocol):
 
 def demand_of(node: Node, experiment: Experiment, capacity: Capacity) -> Demand:
     """Resources of a node from the experiment file and the machine; what cannot be had is refused."""
-    resources: StageResources | PretrainResources = getattr(experiment.resources, node.stage)
+    resources = experiment.resources[node.stage]
     where = f"resources.{node.stage}"
-    if isinstance(resources, PretrainResources) and not resources.in_task:
+    if isinstance(resources, WorkerResources) and not resources.in_task:
         fewest, most = resources.worker_range
         cpus_each, gpus_each = resources.cpus_per_worker, resources.gpus_per_worker
         _require(f"{where}: {fewest} workers x {gpus_each:g} =", fewest * gpus_each, capacity.gpus, "GPU")
@@ -94,13 +95,12 @@ def demand_of(node: Node, experiment: Experiment, capacity: Capacity) -> Demand:
         _require(f"{where}: {fewest} workers of {cpus_each:g} CPU and {gpus_each:g} GPU,", fewest, room, "workers")
         workers = min(most, room)  # a range takes what there is; Ray Train goes up to `most` when nodes join
         return Demand(workers * cpus_each, workers * gpus_each, 0, 0, resources.threads or max(1, int(cpus_each)))
-    wide = node.stage in ("tokenize", "pretrain")
-    cpus = resources.cpus or (capacity.node_cpus if wide else min(1.0, capacity.node_cpus))
+    cpus = resources.cpus or (capacity.node_cpus if node.row.whole_machine else min(1.0, capacity.node_cpus))
     gpus = resources.gpus if isinstance(resources, StageResources) else 0.0
-    shares = node.config.task_workers if isinstance(node.config, EvaluateConfig) and node.config.tasks else 1
+    shares = node.row.map_workers(node.config)
     if shares > 1:
         # While the stage waits for its workers it lends them its cores, but keeps its GPU.
-        asked = f"{where}: evaluate.task_workers={shares}"
+        asked = f"{where}: {node.stage}.{node.row.map_workers_key}={shares}"
         _require(f"{asked} x {cpus:g} =", shares * cpus, capacity.cpus, "CPU")
         _require(
             f"{asked} and the stage itself, (1 + {shares}) x {gpus:g} =", (1 + shares) * gpus, capacity.gpus, "GPU"
@@ -134,9 +134,9 @@ class LocalBackend:
         self._finished: list[Finished] = []
 
     def submit(self, task: StageTask, input_paths: Sequence[str], demand: Demand) -> None:
-        if task.stage == "pretrain" and task.resources.get("workers", 1) != 1:
+        if task.resources.get("workers", 1) != 1:
             raise UserError(
-                f"resources.pretrain.workers={task.resources['workers']}: --local trains in one process; "
+                f"resources.{task.stage}.workers={task.resources['workers']}: --local trains in one process; "
                 "set it to 1 or leave --local out"
             )
         try:
@@ -328,17 +328,16 @@ def _declared_nodes(dag: Any) -> dict[str, tuple[dict[str, Any], tuple[str, ...]
 
 def _stage_task(task: StageTask, *input_paths: str) -> str:
     """The body of every DAG node."""
-    from lazypipe.pipeline.execution.ray_train import pretrain_on_workers
+    from lazypipe.pipeline.execution.ray_train import run_on_workers
 
-    if task.stage == "pretrain":
-        with sigterm_saves(task.entry / "scratch"):
-            on_workers = not PretrainResources.model_validate(task.resources).in_task
-            return execute_stage(task, input_paths, map_with_ray, run=pretrain_on_workers if on_workers else None)
+    row = stage_row(task.stage)
+    on_workers = row.on_workers and not WorkerResources.model_validate(task.resources).in_task
     mapping: MapFunction = map_with_ray
-    if task.stage == "evaluate":
+    if row.maps_with_own_resources:
         held = StageResources.model_validate(task.resources)
         mapping = partial(map_with_ray, cpus=held.cpus or 1.0, gpus=held.gpus)
-    return execute_stage(task, input_paths, mapping)
+    with sigterm_saves(task.entry / "scratch") if row.saves_on_stop else nullcontext():
+        return execute_stage(task, input_paths, mapping, run=run_on_workers if on_workers else None)
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:

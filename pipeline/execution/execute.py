@@ -5,7 +5,6 @@ lease (held by the driver) -> generation directory -> stage.run(config, inputs, 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -24,22 +23,14 @@ from typing import Any
 from lazypipe.pipeline.planning.code_version import code_version
 from lazypipe.pipeline.store.lease import held_by
 from lazypipe.pipeline.store.store import Entry, Generation, read_generation
+from lazypipe.stages.attempts import ends_noted
 from lazypipe.stages.config import StageConfig, operational_fields
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.facts import Facts
-from lazypipe.stages.pretrain.attempts import ends_noted
-from lazypipe.stages.registry import STAGE_CONFIGS
+from lazypipe.stages.registry import stage_row
 from lazypipe.stages.signals import handled_signals
 from lazypipe.stages.warning_lines import read_warnings
 
-STAGE_MODULES = {
-    "tokenize": "lazypipe.stages.tokenization.stage",
-    "pretrain": "lazypipe.stages.pretrain.stage",
-    "evaluate": "lazypipe.stages.evaluate.stage",
-    "sparsity": "lazypipe.stages.sparsity.stage",
-    "report": "lazypipe.stages.report.stage",
-}
-TORCH_STAGES = frozenset({"pretrain", "evaluate", "sparsity"})
 RECORDED_VERSIONS = (
     *("torch", "triton", "ray", "mlflow", "tokenizers", "transformers", "datasets", "pyarrow", "numpy"),
     "lm_eval",
@@ -79,7 +70,7 @@ def execute_stage(
 ) -> str:
     """Run a stage and commit its generation; returns the generation's directory. `input_paths` follow input_names."""
     entry = Entry(task.entry)
-    config = STAGE_CONFIGS[task.stage].model_validate(task.config)
+    config = stage_row(task.stage).config.model_validate(task.config)
     generations = {name: read_generation(Path(path)) for name, path in zip(task.input_names, input_paths, strict=True)}
     for name, generation in generations.items():
         problem = generation.problem(full=True)
@@ -105,14 +96,15 @@ def run_in_process(
     task: StageTask, config: StageConfig, inputs: Mapping[str, Artifact], map_function: MapFunction
 ) -> Outputs[Facts]:
     """Call the stage's function here, with the thread count the experiment gives it."""
-    if task.stage in TORCH_STAGES:
+    row = stage_row(task.stage)
+    if row.uses_torch:
         import torch
 
         torch.set_num_threads(task.threads)  # a reused worker process keeps the last stage's count
     context = Context(task.entry / task.generation, task.entry / "scratch", map_function=map_function)
-    module = importlib.import_module(STAGE_MODULES[task.stage])
+    run = row.load()
     with ends_noted(context.scratch_dir), context.routed_warnings():
-        outputs: Outputs[Facts] = module.run(config, inputs, context)
+        outputs: Outputs[Facts] = run(config, inputs, context)
     return outputs
 
 
@@ -142,7 +134,7 @@ def _manifest(
         "variant": task.variant,
         "experiment": task.experiment,
         "fingerprint": task.fingerprint,
-        "stage_version": type(config).STAGE_VERSION,  # type: ignore[attr-defined]
+        "stage_version": type(config).STAGE_VERSION,
         "config": config.model_dump(mode="json"),
         "identity": dict(task.identity),
         "source": dict(task.source),

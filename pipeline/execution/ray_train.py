@@ -1,4 +1,4 @@
-"""Ray Train around stages/pretrain: any number of workers, restarted from the last checkpoint when one dies."""
+"""Ray Train around a stage: any number of workers, restarted from the last checkpoint when one dies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lazypipe.pipeline.execution.execute import MapFunction, StageTask
-from lazypipe.pipeline.experiment.schema import PretrainResources
+from lazypipe.pipeline.experiment.resources import WorkerResources
+from lazypipe.stages.attempts import end_attempt, ends_noted
 from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import (
     Artifact,
@@ -23,22 +24,22 @@ from lazypipe.stages.contract import (
     first_line,
     write_atomically,
 )
-from lazypipe.stages.facts import PretrainFacts
-from lazypipe.stages.pretrain.attempts import end_attempt, ends_noted
-from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.facts import Facts
+from lazypipe.stages.registry import stage_row
+from lazypipe.stages.stage_row import load_function
 
 RESULT = "result.json"
 # A restart of the group would change nothing about these: the workers end normally and say which it was.
 ENDS = {end.__name__: end for end in (Interrupted, DivergedError, UserError)}
 
 
-def pretrain_on_workers(
+def run_on_workers(
     task: StageTask,
     config: StageConfig,
     inputs: Mapping[str, Artifact],
     map_function: MapFunction,  # noqa: ARG001  (training spreads over workers, not over a map)
-) -> Outputs[PretrainFacts]:
-    """Train data-parallel with TorchTrainer; the stage's own checkpoints, not Ray's, carry a restart."""
+) -> Outputs[Facts]:
+    """Run a stage data-parallel with TorchTrainer; the stage's own checkpoints, not Ray's, carry a restart."""
     # Each report or restart waits for the controller's poll: 2 s by default, a visible share of short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
@@ -50,7 +51,7 @@ def pretrain_on_workers(
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
             end_attempt(scratch, _cause(worker_exceptions))
 
-    resources = PretrainResources.model_validate(task.resources)
+    resources = WorkerResources.model_validate(task.resources)
     scratch = task.entry / "scratch"
     (scratch / RESULT).unlink(missing_ok=True)
     # Ray Train silently resumes what it finds under an equal name; a dead attempt may have left it here.
@@ -58,6 +59,7 @@ def pretrain_on_workers(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
+            "stage": task.stage,
             "config": config.model_dump(mode="json"),
             "inputs": {name: (str(artifact.path), dict(artifact.manifest)) for name, artifact in inputs.items()},
             "output_dir": str(task.entry / task.generation),
@@ -84,7 +86,7 @@ def pretrain_on_workers(
     result = json.loads((scratch / RESULT).read_text(encoding="utf-8"))
     if result["ended"] is not None:
         raise ENDS[result["ended"]](result["message"])
-    return Outputs(metrics=result["metrics"], facts=PretrainFacts.from_json(result["facts"]))
+    return Outputs(metrics=result["metrics"], facts=stage_row(task.stage).facts.from_json(result["facts"]))
 
 
 def _cause(worker_exceptions: Mapping[int, BaseException]) -> str:
@@ -101,14 +103,12 @@ def _worker(loop_config: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from lazypipe.stages.pretrain import stage as pretrain
-    from lazypipe.stages.pretrain.determinism import prepare_cublas
-
-    config = PretrainConfig.model_validate(loop_config["config"])
+    row = stage_row(loop_config["stage"])
+    config = row.config.model_validate(loop_config["config"])
     torch.set_num_threads(loop_config["threads"])
+    if row.prepare_worker is not None:
+        load_function(row.prepare_worker)(config)  # before CUDA is used, as the next lines do
     if torch.cuda.is_available():
-        if config.deterministic:
-            prepare_cublas(os.environ, False)  # before CUDA is used, as the next line does
         torch.cuda.set_device(ray.train.torch.get_device())  # workers of one node see each other's GPUs
     train_context = ray.train.get_context()
     rank = train_context.get_world_rank()
@@ -118,7 +118,7 @@ def _worker(loop_config: dict[str, Any]) -> None:
     result: dict[str, Any]
     try:
         with context.routed_warnings(), ends_noted(scratch) if rank == 0 else nullcontext():
-            outputs = pretrain.run(config, inputs, context)
+            outputs = row.load()(config, inputs, context)
         result = {"ended": None, "metrics": outputs.metrics, "facts": outputs.facts.to_json()}
     except tuple(ENDS.values()) as end:
         result = {"ended": type(end).__name__, "message": str(end)}

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from rich.text import Text
 
 from lazypipe.pipeline.execution.progress import Display
 from lazypipe.pipeline.execution.scheduler import Outcome, Walk
+from lazypipe.pipeline.experiment.resources import WorkerResources
 from lazypipe.pipeline.experiment.schema import Experiment, resolve_root
 from lazypipe.pipeline.planning.fingerprint import canonical
-from lazypipe.pipeline.planning.plan import Plan, Selection, build_nodes, decide
+from lazypipe.pipeline.planning.plan import Plan, Selection, build_nodes, decide, report_of
 from lazypipe.pipeline.planning.preflight import check_baselines, check_disk, check_root, inspect_sources
 from lazypipe.pipeline.store import lease
 from lazypipe.pipeline.store.store import Generation, Store
@@ -29,6 +30,7 @@ from lazypipe.pipeline.tracking.uri import probe, tracking_uri
 from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.report.table import terminal_rows
 from lazypipe.stages.signals import handled_signals
+from lazypipe.stages.stage_row import load_function
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -47,11 +49,11 @@ class RunOptions:
 def make_plan(experiment: Experiment, root: Path, selection: Selection, full_check: bool) -> tuple[Plan, int]:
     """(plan, bytes of the corpus). Cached inputs of stages that will run are verified in full when `full_check`."""
     sources = inspect_sources(experiment, root)
-    nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
+    nodes = build_nodes(sources.experiment, sources.identity)
     plan = decide(nodes, Store(root), selection)
     if full_check and any(d.action == "run" for d in plan.values()):
         plan = decide(nodes, Store(root), selection, full_check=True)
-    return plan, sources.summary.bytes
+    return plan, sources.text_bytes
 
 
 def run_experiment(experiment: Experiment, options: RunOptions, console: Console) -> int:
@@ -60,15 +62,14 @@ def run_experiment(experiment: Experiment, options: RunOptions, console: Console
     check_root(root)
     plan, corpus_bytes = make_plan(experiment, root, options.selection, full_check=True)
     to_run = [d for d in plan.values() if d.action == "run"]
-    copy_to = experiment.tokenize.copy_to
-    if copy_to is not None:
-        from lazypipe.stages.tokenization.upload import check_target
-
-        check_target(copy_to)
+    for decision in plan.values():
+        if decision.node.row.check_publish is not None:
+            load_function(decision.node.row.check_publish)(decision.node.config)
+    stored_report = report_of(plan)
     if not to_run:
-        copy_stored_corpus(plan["tokenize"].generation, copy_to, console)
+        publish({node_id: decision.generation for node_id, decision in plan.items()}, plan, console)
         _say(console, f"{experiment.name}: everything asked for is cached below {root}")
-        print_report(plan["report"].generation, root, console)
+        print_report(None if stored_report is None else stored_report.generation, root, console)
         return DONE
     if options.address is None:
         check_baselines(plan)
@@ -105,12 +106,13 @@ def _execute(
 
     nodes = {node_id: d.node for node_id, d in plan.items()}
     to_run = [node_id for node_id, d in plan.items() if d.action == "run"]
-    workers = experiment.resources.pretrain.workers
-    several = experiment.resources.pretrain.worker_range[1] > 1
-    if options.local and several and any(nodes[node_id].stage == "pretrain" for node_id in to_run):
-        raise UserError(
-            f"resources.pretrain.workers={workers}: --local trains in one process; set it to 1 or leave --local out"
-        )
+    for node_id in to_run:
+        held = experiment.resources[nodes[node_id].stage]
+        if options.local and isinstance(held, WorkerResources) and held.worker_range[1] > 1:
+            raise UserError(
+                f"resources.{nodes[node_id].stage}.workers={held.workers}: --local trains in one process; "
+                "set it to 1 or leave --local out"
+            )
     store.root.mkdir(parents=True, exist_ok=True)
     caught.on_signal = lambda: False  # until there is a walk to stop, a signal is only remembered
     backend: Backend = LocalBackend() if options.local else RayBackend(options.address, nodes, to_run, experiment)
@@ -143,7 +145,8 @@ def _execute(
             raise
         finally:
             display.stop()
-        report = outcomes["report"]
+        making = report_of(plan)
+        report = Outcome("skipped") if making is None else outcomes[making.node.id]
         killed = caught.number is not None or any(o.state == "killed" for o in outcomes.values())
         failed = any(o.state in ("failed", "blocked") for o in outcomes.values())
         tracker.finish(
@@ -155,7 +158,7 @@ def _execute(
     if killed:
         _say(console, "interrupted; the next run goes on from here")
         return 128 + (caught.number or signal.SIGINT)
-    copy_stored_corpus(outcomes["tokenize"].generation, experiment.tokenize.copy_to, console)
+    publish({node_id: outcome.generation for node_id, outcome in outcomes.items()}, plan, console)
     if failed:
         return print_failures(outcomes, console)
     if report.generation is not None:
@@ -164,15 +167,14 @@ def _execute(
     return DONE
 
 
-def copy_stored_corpus(corpus: Generation | None, uri: str | None, console: Console) -> None:
-    """`tokenize.copy_to`: also for a corpus that was stored before the field was set."""
-    if corpus is None or uri is None:
-        return
-    from lazypipe.stages.tokenization.upload import copy_corpus
-
-    copied = copy_corpus(corpus.path, uri)
-    sent = f"{copied.files} files, {copied.bytes / 1e6:.1f} MB sent"
-    _say(console, f"tokenize: copied to {uri}: {sent}, {copied.present} were there already")
+def publish(stored: Mapping[str, Generation | None], plan: Plan, console: Console) -> None:
+    """Let stages send their stored results to where their Configs say, such as `tokenize.copy_to`."""
+    for node_id, generation in stored.items():
+        node = plan[node_id].node
+        if generation is not None and node.row.publish is not None:
+            text = load_function(node.row.publish)(node.config, generation.path)
+            if text is not None:
+                _say(console, f"{node_id}: {text}")
 
 
 def start_tracking(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,13 @@ from lazypipe.pipeline.execution.backends import Backend, Demand, Finished, dema
 from lazypipe.pipeline.execution.execute import LeaseLostError, StageTask
 from lazypipe.pipeline.execution.progress import Display
 from lazypipe.pipeline.experiment.schema import Experiment
-from lazypipe.pipeline.planning.plan import FORCED, Decision, Plan, was_forced
+from lazypipe.pipeline.planning.plan import FORCED, Decision, Plan, corpus_of, was_forced
 from lazypipe.pipeline.planning.preflight import check_lengths
 from lazypipe.pipeline.store.lease import Heartbeat, Holder, acquire, held_by, release
 from lazypipe.pipeline.store.store import MANIFEST, Generation, Store, read_generation
 from lazypipe.pipeline.tracking.child_run import ChildRun
 from lazypipe.pipeline.tracking.tracker import Tracker
 from lazypipe.stages.contract import PROGRESS_FILE, Interrupted, UserError, first_line
-from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.warning_lines import read_warnings, warning_text
 
 POLL_S = 0.25
@@ -84,7 +83,8 @@ class Walk:
             else:
                 self.outcomes[node_id] = Outcome(decision.action, decision.generation)
                 self.display.set(node_id, decision.action)
-        corpus = self.outcomes["tokenize"].generation
+        making = corpus_of(self.plan)
+        corpus = None if making is None else self.outcomes[making.node.id].generation
         if corpus is not None:
             check_lengths(self.plan, corpus)
         demands = {d.node.id: demand_of(d.node, self.experiment, self.backend.capacity) for d in self._to_run()}
@@ -173,10 +173,10 @@ class Walk:
         swept = entry.sweep()
         if swept:
             self.display.note(f"warning: {node.id}: removed the half-written generation {', '.join(swept)}")
-        corpus = used.get("tokenize")
-        if corpus is not None and node.stage != "report":
-            self.tracker.log_corpus(child.run_id, corpus, "training" if node.stage == "pretrain" else "evaluation")
-        resources = getattr(self.experiment.resources, node.stage).model_dump(mode="json")
+        for name_of_input, origin in node.inputs.items():
+            if self.plan[origin].node.row.corpus is not None and node.row.corpus_role is not None:
+                self.tracker.log_corpus(child.run_id, used[name_of_input], node.row.corpus_role)
+        resources = self.experiment.resources[node.stage].model_dump(mode="json")
         task = StageTask(
             node_id=node.id,
             stage=node.stage,
@@ -236,11 +236,11 @@ class Walk:
             outcome.state, outcome.generation = "done", read_generation(Path(finished.path))
             self._show_warnings(running, outcome.generation.manifest.get("warnings", ()))  # the scratch is gone
             self.tracker.finish_child(running.child, node, outcome.generation)
-            if node.stage == "tokenize":
-                self.tracker.log_corpus(running.child.run_id, outcome.generation, "tokenized")
+            if node.row.corpus is not None:
+                self.tracker.log_corpus(running.child.run_id, outcome.generation, node.row.corpus_role or "tokenized")
                 self.tracker.log_corpus(self.tracker.parent_id, outcome.generation, "training")
-            self.display.set(node.id, "done", _headline(outcome.generation))
-            if node.stage == "tokenize":
+            self.display.set(node.id, "done", _headline(node.row.headline, outcome.generation))
+            if node.row.corpus is not None:
                 self._release(running.directory)
                 check_lengths(self.plan, outcome.generation)
         elif isinstance(finished.error, Interrupted):
@@ -262,7 +262,7 @@ class Walk:
         self.outcomes[node_id].state = "killed"
         self.tracker.fail_child(running.child, "KILLED", "")
         self._discard_output(running)
-        resumes = node.stage == "pretrain" or (isinstance(node.config, EvaluateConfig) and bool(node.config.tasks))
+        resumes = node.row.resumes(node.config)
         self.display.set(node_id, "killed", "resumes with the next run" if resumes else "")
 
     def _discard_output(self, running: Running) -> None:
@@ -288,22 +288,22 @@ class Walk:
                 self.display.set(node.id, "blocked", f"needs {', '.join(bad)}")
 
     def interrupt(self) -> bool:
-        """React to a signal: training is asked to save and leave. True when the caller runs a stage that cannot."""
+        """React to a signal: ask stages to save and leave. True when the caller runs a stage that cannot."""
         running = list(self.running.values())
-        self._ask_training_to_stop(running)
-        return self.backend.inline and any(r.decision.node.stage != "pretrain" for r in running)
+        self._ask_to_stop(running)
+        return self.backend.inline and not all(r.decision.node.row.saves_on_stop for r in running)
 
-    def _ask_training_to_stop(self, running: list[Running]) -> None:
+    def _ask_to_stop(self, running: list[Running]) -> None:
         for one in running:
-            if one.decision.node.stage == "pretrain":
+            if one.decision.node.row.saves_on_stop:
                 with suppress(OSError):
                     (one.directory / "scratch" / "stop").touch()
 
     def _stop_all(self) -> None:
-        """Ask training to save and leave, end everything else, and mark what was running as killed."""
-        self._ask_training_to_stop(list(self.running.values()))
+        """Ask stages that can to save and leave, end all others, and mark what was running as killed."""
+        self._ask_to_stop(list(self.running.values()))
         for running in list(self.running.values()):
-            if running.decision.node.stage != "pretrain":
+            if not running.decision.node.row.saves_on_stop:
                 self.backend.cancel(running.decision.node.id, force=False)
         deadline = time.monotonic() + GRACE_S
         with suppress(KeyboardInterrupt):
@@ -345,9 +345,8 @@ class Walk:
                 self.display.note(f"warning: {running.decision.node.id}: {warning_text(entry)}")
 
 
-def _headline(generation: Generation) -> str:
+def _headline(shown: Sequence[str], generation: Generation) -> str:
     metrics = generation.manifest["metrics"]
-    shown = ("train_tokens", "validation_loss", "perplexity", "sparsity", "tokens_per_s")
     text = "  ".join(f"{name}={metrics[name]:,.4g}" for name in shown if name in metrics)
     resumed = generation.manifest.get("resumed_from")
     return f"{text}  resumed from step {resumed}" if resumed else text

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lazypipe.pipeline.experiment.document import Document
 from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import OldKeyWarning
-from lazypipe.stages.registry import STAGE_CONFIGS
+from lazypipe.stages.stage_row import StageRow
 
 
-def with_new_keys(document: Document) -> Document:
+def with_new_keys(document: Document, rows: Sequence[StageRow]) -> Document:
     """The document with every key under the name it has now; an OldKeyWarning for each section that had an old one."""
     new = dict(document)
-    for stage, config in STAGE_CONFIGS.items():
-        section = document.get(stage)
+    for row in rows:
+        section = document.get(row.name)
         if isinstance(section, dict):
-            new[stage] = _renamed(config, section, {}, stage)
+            new[row.name] = _renamed(row.config, section, {}, row.name)
     variants = document.get("variants")
     if isinstance(variants, dict):
-        new["variants"] = {name: _renamed_in_variant(name, fields, new) for name, fields in variants.items()}
+        new["variants"] = {name: _renamed_in_variant(name, fields, new, rows) for name, fields in variants.items()}
     return new
 
 
-def _renamed_in_variant(name: str, fields: Any, document: Document) -> Any:
+def _renamed_in_variant(name: str, fields: Any, document: Document, rows: Sequence[StageRow]) -> Any:
     """A variant with the new keys in the sections that it nests; `document` holds the sections of all variants."""
     if not isinstance(fields, dict):
         return fields
     new = dict(fields)
-    for stage, config in STAGE_CONFIGS.items():
-        section = document.get(stage)
-        if isinstance(fields.get(stage), dict):
+    for row in rows:
+        section, own = document.get(row.name), fields.get(row.name)
+        if isinstance(own, dict):
             shared = section if isinstance(section, dict) else {}
-            new[stage] = _renamed(config, fields[stage], shared, f"variants.{name}.{stage}")
+            new[row.name] = _renamed(row.config, own, shared, f"variants.{name}.{row.name}")
     return new
 
 

@@ -8,14 +8,10 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from lazypipe.model.config import ModelConfig
-from lazypipe.pipeline.experiment.schema import PretrainResources, StageResources, Storage
-from lazypipe.stages.data.sources import EmbeddedSource, FilesSource, HubSource
-from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig, ProbesConfig
-from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.report.config import ReportConfig
-from lazypipe.stages.sparsity.config import SparsityConfig
-from lazypipe.stages.tokenization.config import FileTokenizer, Filters, HubTokenizer, TokenizeConfig, TrainTokenizer
+from lazypipe.pipeline.experiment.resources import StageResources, WorkerResources
+from lazypipe.pipeline.experiment.schema import Storage
+from lazypipe.stages.registry import STAGES
+from lazypipe.stages.stage_row import Section
 
 HEAD = """# The experiment file, field by field
 
@@ -27,29 +23,15 @@ name (`[a-z0-9_]+`) to fields of `model` and `pretrain`, written flat; `evaluate
 
 Fields marked *operational* say how a stage runs and not what it computes: changing them recomputes nothing.
 """
-SECTIONS: tuple[tuple[str, type[BaseModel], str], ...] = (
-    ("storage", Storage, "Where everything is written. LAZYPIPE_HOME goes first, then `--root`, then this."),
-    ("tokenize", TokenizeConfig, "Text in, token shards out."),
-    ("tokenize.source, kind: embedded", EmbeddedSource, ""),
-    ("tokenize.source, kind: files", FilesSource, "Relative paths are taken from the working directory."),
-    ("tokenize.source, kind: hub", HubSource, ""),
-    ("tokenize.tokenizer, kind: train", TrainTokenizer, ""),
-    ("tokenize.tokenizer, kind: file", FileTokenizer, ""),
-    ("tokenize.tokenizer, kind: hub", HubTokenizer, ""),
-    (
-        "tokenize.filters",
-        Filters,
-        "Counts of what is left out are metrics, facts, and columns of tables/sources: docs/tokenization.md.",
+SECTIONS = (
+    Section("storage", Storage, "Where everything is written. LAZYPIPE_HOME goes first, then `--root`, then this."),
+    *(section for row in STAGES for section in row.sections),
+    *(
+        Section(f"resources.{row.name}", WorkerResources, "One worker without a GPU trains inside its stage task.")
+        for row in STAGES
+        if row.on_workers
     ),
-    ("model", ModelConfig, "A pre-norm decoder: RMSNorm, SwiGLU, RoPE. `lazypipe variants` lists mixers and patterns."),
-    ("pretrain", PretrainConfig, "AdamW; what a step does: docs/pretraining.md."),
-    ("evaluate", EvaluateConfig, "Held-out loss, continuations, and benchmarks (docs/evaluation.md)."),
-    ("evaluate.extrapolation", ExtrapolationConfig, "Perplexity by context length and position: docs/probes.md."),
-    ("evaluate.probes", ProbesConfig, "Retrieval probes: docs/probes.md."),
-    ("sparsity", SparsityConfig, "The attention weights on held-out text."),
-    ("report", ReportConfig, "The page that sets all variants side by side."),
-    ("resources.pretrain", PretrainResources, "One worker without a GPU trains inside its stage task."),
-    ("resources.tokenize, .evaluate, .sparsity, .report", StageResources, ""),
+    Section("resources." + ", .".join(row.name for row in STAGES if not row.on_workers), StageResources, ""),
 )
 
 

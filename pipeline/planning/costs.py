@@ -8,51 +8,28 @@ on it an upper bound, marked by <=.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lazypipe.model.config import BASELINES, parameter_count
-from lazypipe.model.costs import non_embedding_parameters, training_flops_per_token, training_memory
+from lazypipe.model.config import BASELINES
 from lazypipe.model.sizes import SIZES, size_row
-from lazypipe.pipeline.experiment.schema import Experiment
+from lazypipe.pipeline.experiment.resources import WorkerResources
+from lazypipe.pipeline.experiment.schema import Experiment, id_of_node, models
 from lazypipe.pipeline.store.store import Generation
 from lazypipe.stages.facts import TokenizeFacts
-from lazypipe.stages.tokenization.config import FileTokenizer, TokenizeConfig, TrainTokenizer
+from lazypipe.stages.stage_row import Vocabulary
 
 
-class Vocabulary(NamedTuple):
-    """exact: whether `size` is the vocabulary, or only what it cannot exceed."""
-
-    size: int
-    exact: bool
-
-
-def vocabulary(config: TokenizeConfig, corpus: Generation | None) -> Vocabulary | None:
+def vocabulary(experiment: Experiment, corpus: Generation | None) -> Vocabulary | None:
     """The vocabulary an experiment's models will have; None when nothing bounds it yet."""
     if corpus is not None:
         return Vocabulary(TokenizeFacts.read(corpus.manifest).vocab_size, exact=True)
-    if isinstance(config.tokenizer, TrainTokenizer):
-        return Vocabulary(config.tokenizer.vocab_size, exact=True)
-    if isinstance(config.tokenizer, FileTokenizer) and Path(config.tokenizer.path).suffix == ".json":
-        size = _size_in_file(Path(config.tokenizer.path))
-        if size is not None:
-            return Vocabulary(size, exact=True)
-    return Vocabulary(2**16, exact=False) if config.token_dtype == "uint16" else None
-
-
-def _size_in_file(path: Path) -> int | None:
-    """The number of tokens in a tokenizer.json; None when it is not one (planning says so in its own words)."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        model = stored["model"]["vocab"]
-        ids = set(model.values()) if isinstance(model, dict) else set(range(len(model)))
-        ids |= {token["id"] for token in stored.get("added_tokens", ())}
-        return 1 + max(ids)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    for row in experiment.rows:
+        if row.corpus is not None:
+            return row.corpus.vocabulary(experiment.configs[row.name])
+    return None
 
 
 def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str, Any]]:
@@ -61,41 +38,22 @@ def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str
     difference: parameters against the first standard variant, or the first. memory: bytes of one training worker.
     """
     rows = []
-    for name, variant in experiment.variants.items():
-        config, model = variant.pretrain, variant.pretrain.model
-        row: dict[str, Any] = {
-            "variant": name,
-            "mixer": model.mixer,
-            "vocabulary": None if vocab is None else vocab._asdict(),
-            "non_embedding_parameters": non_embedding_parameters(model),
-            "parameters": None,
-            "difference": None,
-            "training_flops_per_token": None,
-            "training_tokens": config.steps * config.tokens_per_step,
-            "memory": None,
-        }
-        if vocab is not None:
-            shape = (model, vocab.size, config.seq_len, config.micro_batch_size)
-            memory = training_memory(
-                *shape,
-                config.dtype,
-                experiment.resources.pretrain.worker_range[0],
-                config.loss_chunk_tokens,
-                config.activation_checkpointing,
+    for row in experiment.rows:
+        if row.models is None:
+            continue
+        held = experiment.resources[row.name]
+        workers = held.worker_range[0] if isinstance(held, WorkerResources) else 1
+        for name in experiment.variants:
+            rows.append(
+                {"variant": name, **row.models.costs(experiment.configs[id_of_node(row, name)], vocab, workers)}
             )
-            row |= {
-                "parameters": parameter_count(model, vocab.size),
-                "training_flops_per_token": training_flops_per_token(*shape),
-                "memory": {**memory._asdict(), "total": memory.total},
-            }
-        rows.append(row)
-    models = [variant.pretrain.model for variant in experiment.variants.values()]
-    reference = next((number for number, model in enumerate(models) if set(model.layer_mixers) == {"standard"}), 0)
-    for row, model in zip(rows, models, strict=True):
-        if model.tie_embeddings == models[reference].tie_embeddings:  # then the vocabulary cancels
-            row["difference"] = row["non_embedding_parameters"] - rows[reference]["non_embedding_parameters"]
+    trained = list(models(experiment).values())
+    reference = next((number for number, model in enumerate(trained) if set(model.layer_mixers) == {"standard"}), 0)
+    for costs, model in zip(rows, trained, strict=True):
+        if model.tie_embeddings == trained[reference].tie_embeddings:  # then the vocabulary cancels
+            costs["difference"] = costs["non_embedding_parameters"] - rows[reference]["non_embedding_parameters"]
         elif vocab is not None and vocab.exact:
-            row["difference"] = row["parameters"] - rows[reference]["parameters"]
+            costs["difference"] = costs["parameters"] - rows[reference]["parameters"]
     return rows
 
 

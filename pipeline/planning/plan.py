@@ -12,20 +12,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from lazypipe.pipeline.experiment.schema import Experiment
+from lazypipe.pipeline.experiment.schema import MODEL, Experiment, id_of_node
 from lazypipe.pipeline.planning.code_version import sources_digest
 from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint
 from lazypipe.pipeline.store.store import Entry, Generation, Store
 from lazypipe.stages.config import StageConfig, flatten, identity, operational_fields
 from lazypipe.stages.contract import UserError, nearest
+from lazypipe.stages.stage_row import StageRow
 
 FORCED = "forced"  # marks the scratch of a forced execution
-STAGES = ("tokenize", "pretrain", "evaluate", "sparsity", "report")
-UPSTREAM = {"pretrain": ("tokenize",), "evaluate": ("tokenize", "pretrain"), "sparsity": ("tokenize", "pretrain")}
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,17 @@ class Node:
     """One stage of one branch. `inputs` maps the stage's name of an input to the id of the node it comes from."""
 
     id: str
-    stage: str
+    row: StageRow
     variant: str | None
     config: StageConfig
     identity: Mapping[str, Any]
     source: Mapping[str, Any]
     inputs: Mapping[str, str]
     fingerprint: str
+
+    @property
+    def stage(self) -> str:
+        return self.row.name
 
 
 @dataclass
@@ -67,39 +71,42 @@ class Selection:
 Plan = dict[str, Decision]
 
 
-def build_nodes(
-    experiment: Experiment,
-    source_identity: Mapping[str, Any],
-    task_identities: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Node]:
-    """Every node of the DAG in topological order, with recipes.
+def corpus_of(plan: Plan) -> Decision | None:
+    """The decision on the node that makes the corpus."""
+    return next((decision for decision in plan.values() if decision.node.row.corpus is not None), None)
 
-    `source_identity` is what the corpus contributes, `task_identities` by variant what its benchmarks' data does.
+
+def report_of(plan: Plan) -> Decision | None:
+    """The decision on the node that makes the report."""
+    return next((decision for decision in plan.values() if decision.node.row.makes_report), None)
+
+
+def build_nodes(experiment: Experiment, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Node]:
+    """Every node of the DAG in topological order, with recipes; all stages of one variant before those of the next.
+
+    `sources` holds by node id what the data that a node reads (a corpus, benchmarks) contributes to its recipe.
     """
     nodes: dict[str, Node] = {}
-    tasks = task_identities or {}
-
-    def add(stage: str, variant: str | None, config: StageConfig, inputs: Mapping[str, str]) -> None:
-        node_id = stage if variant is None else f"{stage}/{variant}"
-        source = source_identity if stage == "tokenize" else tasks.get(variant or "", {}) if stage == "evaluate" else {}
-        kept = identity(config)
-        upstream = {name: nodes[origin].fingerprint for name, origin in inputs.items()}
-        version: int = config.STAGE_VERSION  # type: ignore[attr-defined]
-        print_ = fingerprint(stage, version, kept, source, upstream)
-        nodes[node_id] = Node(node_id, stage, variant, config, kept, source, dict(inputs), print_)
-
-    add("tokenize", None, experiment.tokenize, {})
-    for name, variant in experiment.variants.items():
-        configs: dict[str, StageConfig] = {
-            "pretrain": variant.pretrain,
-            "evaluate": variant.evaluate,
-            "sparsity": variant.sparsity,
-        }
-        for stage, config in configs.items():
-            inputs = {up: up if up == "tokenize" else f"{up}/{name}" for up in UPSTREAM[stage]}
-            add(stage, name, config, inputs)
-    add("report", None, experiment.report, {node_id: node_id for node_id in nodes})
+    for per_variant, group in groupby(experiment.rows, key=lambda row: row.per_variant):
+        rows = list(group)
+        for variant in experiment.variants if per_variant else (None,):
+            for row in rows:
+                inputs = _inputs(row, variant, nodes)
+                id_ = id_of_node(row, variant)
+                config = experiment.configs[id_]
+                kept, source = identity(config), sources.get(id_, {})
+                upstream = {name: nodes[origin].fingerprint for name, origin in inputs.items()}
+                print_ = fingerprint(row.name, config.STAGE_VERSION, kept, source, upstream)
+                nodes[id_] = Node(id_, row, variant, config, kept, source, inputs, print_)
     return nodes
+
+
+def _inputs(row: StageRow, variant: str | None, nodes: Mapping[str, Node]) -> dict[str, str]:
+    """Node ids by input name: by stage in a variant; by node id in a stage that reads the results of all variants."""
+    read = {id_: node for id_, node in nodes.items() if node.stage in row.inputs}
+    if variant is None:
+        return {id_: id_ for id_ in read}
+    return {node.stage: id_ for id_, node in read.items() if node.variant in (None, variant)}
 
 
 def decide(nodes: Mapping[str, Node], store: Store, selection: Selection, full_check: bool = False) -> Plan:
@@ -232,7 +239,7 @@ def explain(node: Node, store: Store) -> list[str]:
         manifest = generation.manifest
         before = _recipe(manifest.get("identity", {}), manifest.get("source", {}))
         changed = []
-        version: int = node.config.STAGE_VERSION  # type: ignore[attr-defined]
+        version = node.config.STAGE_VERSION
         if manifest.get("stage_version", version) != version:
             changed.append(f"{node.stage}: STAGE_VERSION {manifest['stage_version']} -> {version}")
         for old_key, new_key in type(node.config).OLD_KEYS.items():
@@ -289,4 +296,4 @@ def _user_key(node: Node, key: str) -> str:
     if key.startswith("source."):
         return f"{node.stage}.{key.removeprefix('source.')} (content)"
     path = key.removeprefix("config.")
-    return path if node.stage == "pretrain" and path.startswith("model.") else f"{node.stage}.{path}"
+    return path if node.row.models is not None and path.startswith(f"{MODEL}.") else f"{node.stage}.{path}"

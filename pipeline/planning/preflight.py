@@ -5,65 +5,49 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lazypipe.model.config import parameter_count
 from lazypipe.pipeline.experiment.schema import Experiment
-from lazypipe.pipeline.planning.plan import Plan
+from lazypipe.pipeline.planning.plan import Plan, corpus_of
 from lazypipe.pipeline.store.store import Generation
 from lazypipe.stages.contract import UserError
-from lazypipe.stages.evaluate.benchmarks.tasks import pin_tasks, tasks_identity
-from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.facts import TokenizeFacts
-from lazypipe.stages.pretrain.config import PretrainConfig
-from lazypipe.stages.sparsity.config import SparsityConfig
-from lazypipe.stages.tokenization.config import TokenizeConfig
-from lazypipe.stages.tokenization.identity import SourceSummary, check_source, pin, source_identity
+from lazypipe.stages.stage_row import CorpusSize
 
 RESERVE_BYTES = 32 * 2**20  # MLflow's database, tables, figures
-BYTES_PER_TOKEN_GUESS = 2  # of text; a byte-level BPE gives 3-4, so this is on the safe side
 VOCABULARY_GUESS = 65_536  # for a tokenizer that is not trained here
 
 
 @dataclass(frozen=True)
 class Sources:
-    """An experiment whose hub revisions are pinned, what is known of its corpus, and what of that enters the recipe.
+    """An experiment whose hub revisions are pinned, the size of its text, and what of its data enters the recipes.
 
-    tasks: by variant, what of its benchmarks' data enters the recipe of its evaluation.
+    text_bytes: of the corpus, 0 when unknown. identity: by node id, what its data adds to the fingerprint.
     """
 
     experiment: Experiment
-    summary: SourceSummary
-    identity: Mapping[str, Any]
-    tasks: Mapping[str, Mapping[str, Any]]
+    text_bytes: int
+    identity: Mapping[str, Mapping[str, Any]]
 
 
 def inspect_sources(experiment: Experiment, root: Path, write_cache: bool = True) -> Sources:
-    """Check that the corpus, the tokenizer and the benchmarks can be used, and pin what they are.
+    """Check that the data stages read (corpus, tokenizer, benchmarks) can be used, and pin what they are.
 
     File hashes are cached below the root, unless `write_cache` is false and nothing was written there yet.
     """
     cache = root / "cache" if write_cache or root.exists() else None
-    min_tokens = 1 + max(
-        length
-        for variant in experiment.variants.values()
-        for length in (
-            variant.pretrain.seq_len,
-            variant.sparsity.seq_len,
-            *(length for _, length in variant.evaluate.window_lengths()),
-        )
-    )
-    config = pin(experiment.tokenize)
-    summary = check_source(config, cache, min_tokens=min_tokens)
-    variants, tasks = {}, {}
-    for name, variant in experiment.variants.items():
-        evaluate = pin_tasks(variant.evaluate)
-        variants[name] = variant.model_copy(update={"evaluate": evaluate})
-        tasks[name] = tasks_identity(evaluate, cache)
-    pinned = experiment.model_copy(update={"tokenize": config, "variants": variants})
-    return Sources(pinned, summary, source_identity(config, cache), tasks)
+    nodes = [(node, *experiment.row_and_config(node)) for node in experiment.configs]
+    longest = max((window.length for _, row, config in nodes for window in row.windows(config)), default=0)
+    text_bytes = 0
+    pinned, identity = {}, {}
+    for node, row, config in nodes:
+        pinned[node] = row.pin(config)
+        if row.corpus is not None:
+            text_bytes = row.corpus.check(pinned[node], cache, min_tokens=1 + longest)
+        identity[node] = row.source_identity(pinned[node], cache)
+    return Sources(replace(experiment, configs=pinned), text_bytes, identity)
 
 
 def check_root(root: Path) -> None:
@@ -82,18 +66,10 @@ def check_lengths(plan: Plan, corpus: Generation) -> None:
     """Refuse windows that the tokenized corpus cannot fill, before anything trains on it."""
     splits = TokenizeFacts.read(corpus.manifest).splits
     for decision in plan.values():
-        config = decision.node.config
         if decision.action != "run":
             continue
-        needs: list[tuple[str, str, int]] = []
-        if isinstance(config, PretrainConfig):
-            needs = [("pretrain.seq_len", split, config.seq_len) for split in ("train", "validation")]
-        elif isinstance(config, EvaluateConfig):
-            longest = max(config.window_lengths(), key=lambda window: window[1])
-            needs = [(longest[0], "validation", longest[1])]
-        elif isinstance(config, SparsityConfig):
-            needs = [("sparsity.seq_len", "validation", config.seq_len)]
-        for key, split, length in needs:
+        windows = decision.node.row.windows(decision.node.config)
+        for key, split, length in sorted(windows, key=lambda window: -window.length):
             tokens = splits[split].tokens
             if tokens < length + 1:
                 raise UserError(
@@ -105,25 +81,21 @@ def check_lengths(plan: Plan, corpus: Generation) -> None:
 def check_baselines(plan: Plan) -> None:
     """Refuse baselines whose package this machine lacks. Where stages run elsewhere, the stage itself refuses."""
     for decision in plan.values():
-        config = decision.node.config
-        missing = config.model.missing_package if isinstance(config, PretrainConfig) else None
+        making = decision.node.row.models
+        missing = making.model(decision.node.config).missing_package if making is not None else None
         if decision.action == "run" and missing is not None:
             raise UserError(f"{decision.node.id}: {missing}")
 
 
-def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:
+def check_disk(plan: Plan, root: Path, text_bytes: int) -> None:
     """Refuse when what will run cannot fit below the root: token shards, resume checkpoints, final weights."""
     needed = RESERVE_BYTES
     parts = []
+    corpus = CorpusSize(text_bytes, _vocab_size(plan))
     for decision in plan.values():
         if decision.action != "run":
             continue
-        config = decision.node.config
-        size = 0
-        if isinstance(config, TokenizeConfig):
-            size = corpus_bytes // BYTES_PER_TOKEN_GUESS * (2 if config.token_dtype == "uint16" else 4)
-        elif isinstance(config, PretrainConfig):
-            size = checkpoint_bytes(config, _vocab_size(plan))
+        size = decision.node.row.disk_bytes(decision.node.config, corpus)
         if size:
             needed += size
             parts.append(f"{decision.node.id} {_mib(size)}")
@@ -136,15 +108,12 @@ def check_disk(plan: Plan, root: Path, corpus_bytes: int) -> None:
         )
 
 
-def checkpoint_bytes(config: PretrainConfig, vocab_size: int) -> int:
-    """float32 weights, plus weights and two moments for every kept resume checkpoint and the one being written."""
-    return parameter_count(config.model, vocab_size) * 4 * (1 + 3 * (config.keep_checkpoints + 1))
-
-
 def _vocab_size(plan: Plan) -> int:
-    config = plan["tokenize"].node.config
-    assert isinstance(config, TokenizeConfig)
-    return int(getattr(config.tokenizer, "vocab_size", VOCABULARY_GUESS))
+    """The vocabulary that models are planned for, where no corpus is stored yet: that of a tokenizer trained here."""
+    decision = corpus_of(plan)
+    making = None if decision is None else decision.node.row.corpus
+    known = None if decision is None or making is None else making.vocabulary(decision.node.config)
+    return known.size if known is not None and known.exact else VOCABULARY_GUESS
 
 
 def _mib(size: int) -> str:

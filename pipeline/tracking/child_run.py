@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lazypipe.pipeline.tracking.system_metrics import PREFIX
 from lazypipe.pipeline.tracking.upload import log_attempts
-from lazypipe.stages.pretrain.attempts import read_attempts
+from lazypipe.stages.attempts import read_attempts
 
 if TYPE_CHECKING:  # mlflow takes seconds to import; a cached run never needs it
     from mlflow import MlflowClient

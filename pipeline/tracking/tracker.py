@@ -19,7 +19,7 @@ from pathlib import Path
 from lazypipe.pipeline.experiment.document import EXPERIMENT_FILE, dump_yaml
 from lazypipe.pipeline.experiment.schema import Experiment
 from lazypipe.pipeline.planning.code_version import CodeVersion, code_version
-from lazypipe.pipeline.planning.plan import Node, Plan
+from lazypipe.pipeline.planning.plan import Node, Plan, corpus_of
 from lazypipe.pipeline.store.lease import Holder, is_alive
 from lazypipe.pipeline.store.store import Generation
 from lazypipe.pipeline.tracking.child_run import ChildRun, log_what_is_new, logged_so_far
@@ -37,7 +37,7 @@ from lazypipe.pipeline.tracking.upload import (
 from lazypipe.pipeline.tracking.uri import first_touch
 from lazypipe.stages.config import flatten
 from lazypipe.stages.contract import METRICS_FILE
-from lazypipe.stages.facts import PretrainFacts
+from lazypipe.stages.facts import Attempt
 
 LAST_WORDS_S = 10.0  # `lazypipe submit` lets a stopped job live for 30 s, 15 of which its stages may take
 
@@ -116,9 +116,9 @@ class Tracker:
         for decision in plan.values():
             if decision.action == "cached" and decision.generation is not None:
                 self.link(decision.node, decision.generation)
-        corpus = plan["tokenize"].generation
-        if plan["tokenize"].action == "cached" and corpus is not None:
-            self.log_corpus(self.parent_id, corpus, "training")
+        corpus = corpus_of(plan)
+        if corpus is not None and corpus.action == "cached" and corpus.generation is not None:
+            self.log_corpus(self.parent_id, corpus.generation, "training")
 
     def _interrupted_parent(self, pipeline: str) -> str | None:
         runs = self.client.search_runs(
@@ -209,7 +209,7 @@ class Tracker:
 
         if not self._safely(create):
             print(f"warning: {node.id} runs without an MLflow run; its metrics stay in the store", file=sys.stderr)
-        elif node.stage == "pretrain":
+        elif node.row.watch_machine:
             self._safely(watch)
         return child
 
@@ -282,8 +282,8 @@ class Tracker:
         def close() -> None:
             final = {k: v for k, v in generation.manifest["metrics"].items() if k not in child.streamed}
             log_points(self.client, child.run_id, final, step=max(child.last_step, 0))
-            if "attempts" in generation.manifest["facts"]:
-                log_attempts(self.client, child.run_id, PretrainFacts.read(generation.manifest).attempts)
+            attempts = generation.manifest["facts"].get("attempts", ())
+            log_attempts(self.client, child.run_id, [Attempt.from_json(attempt) for attempt in attempts])
             for key, value in flat_facts(generation.manifest["facts"]).items():
                 self.client.set_tag(child.run_id, f"fact.{key}", value)
             self.client.set_tag(child.run_id, "lazypipe.path", str(generation.path))

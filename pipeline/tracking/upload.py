@@ -41,16 +41,17 @@ def log_task_table(client: MlflowClient, run_id: str, generation: Generation) ->
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, node: Node, generation: Generation) -> None:
-    """A pretrained model becomes a LoggedModel holding its safetensors checkpoint, if that is small enough."""
+    """The model of a stage that makes one becomes a LoggedModel with its safetensors checkpoint, if small enough."""
     checkpoint = generation.path / "checkpoint"
-    if node.stage != "pretrain" or sum(p.stat().st_size for p in checkpoint.rglob("*")) > MAX_ARTIFACT_BYTES:
+    making = node.row.models
+    if making is None or sum(p.stat().st_size for p in checkpoint.rglob("*")) > MAX_ARTIFACT_BYTES:
         return
     model = client.create_logged_model(
         experiment_id,
         name=str(node.variant),
         source_run_id=run_id,
         tags={"lazypipe.fingerprint": node.fingerprint},
-        params={"mixer": str(generation.manifest["config"]["model"]["mixer"])},
+        params={"mixer": making.model(node.config).mixer},
     )
     client.log_model_artifacts(model.model_id, str(checkpoint))
     client.finalize_logged_model(model.model_id, "READY")

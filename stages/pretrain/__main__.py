@@ -30,12 +30,12 @@ import torch.distributed as dist
 from pydantic import BaseModel, ValidationError
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.stages.attempts import ends_noted
 from lazypipe.stages.contract import Artifact, Context, Interrupted, Outputs, UserError, nearest, write_atomically
 from lazypipe.stages.facts import PretrainFacts, TokenizeFacts
 from lazypipe.stages.files import files_problem
 from lazypipe.stages.overrides import apply_overrides
 from lazypipe.stages.pretrain import stage as pretrain
-from lazypipe.stages.pretrain.attempts import ends_noted
 from lazypipe.stages.pretrain.checkpoint.state import other_identity, run_identity
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.pretrain.determinism import prepare_cublas

@@ -14,6 +14,7 @@ import torch
 
 from lazypipe.model.config import BASELINES
 from lazypipe.stages.contract import UserError, Warn
+from lazypipe.stages.pretrain.config import PretrainConfig
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_SETTINGS = (":4096:8", ":16:8")  # those with which cuBLAS promises to repeat itself
@@ -55,6 +56,12 @@ def _deterministic_algorithms() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
         cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+
+
+def prepare_worker(config: PretrainConfig) -> None:
+    """In a worker process with a GPU, before CUDA is used: prepare cuBLAS when `config` says deterministic."""
+    if config.deterministic and torch.cuda.is_available():
+        prepare_cublas(os.environ, False)
 
 
 def prepare_cublas(environment: MutableMapping[str, str], initialized: bool) -> None:

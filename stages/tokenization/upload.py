@@ -19,6 +19,7 @@ from typing import Any
 
 from lazypipe.stages.contract import UserError, first_line
 from lazypipe.stages.data.remote import filesystem_of, unreachable
+from lazypipe.stages.tokenization.config import TokenizeConfig
 
 _KEY = "tokenize.copy_to"
 _MANIFEST = "manifest.json"
@@ -32,6 +33,21 @@ class Copied:
     files: int
     bytes: int
     present: int
+
+
+def check_publish(config: TokenizeConfig) -> None:
+    """Refuse a `copy_to` that cannot be written, before anything is computed."""
+    if config.copy_to is not None:
+        check_target(config.copy_to)
+
+
+def publish(config: TokenizeConfig, generation: Path) -> str | None:
+    """Copy a stored corpus to `copy_to`, also one stored before the field was set; a line that says what was sent."""
+    if config.copy_to is None:
+        return None
+    copied = copy_corpus(generation, config.copy_to)
+    sent = f"{copied.files} files, {copied.bytes / 1e6:.1f} MB sent"
+    return f"copied to {config.copy_to}: {sent}, {copied.present} were there already"
 
 
 def check_target(uri: str) -> None:

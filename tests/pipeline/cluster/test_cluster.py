@@ -25,6 +25,7 @@ from lazypipe.pipeline.experiment.schema import compose, load_experiment
 from lazypipe.pipeline.planning.code_version import PROJECT, code_version, sources_digest
 from lazypipe.pipeline.tracking.ui import check_port, served_uri
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.yaml_text import parse_yaml
 from tests.pipeline.tiny import FinishedRun, clean_environment, lazypipe, write_experiment
 
@@ -90,7 +91,8 @@ def test_the_package_holds_the_code_and_one_resolved_document(tmp_path: Path) ->
     package.mkdir()
     write_job_package(experiment, package)
     assert compose(read_document(package / "experiment.yaml")) == experiment
-    assert experiment.variants["lazy"].pretrain.steps == 7 and experiment.variants["lazy"].pretrain.lr == 0.5
+    training = experiment.config(PretrainConfig, "lazy")
+    assert training.steps == 7 and training.lr == 0.5
     assert {p.name for p in package.iterdir()} == {"lazypipe", "experiment.yaml", "code_version.json", "job.sh"}
     assert sum(p.stat().st_size for p in package.rglob("*.*")) < 4 * 2**20
     # Every file of the packages travels: a forgotten template would fail on the cluster only.

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from lazypipe.model.checkpoint import load_checkpoint
 from lazypipe.pipeline.execution.backends import Capacity, demand_of
-from lazypipe.pipeline.experiment.schema import compose, load_experiment, task_files
+from lazypipe.pipeline.experiment.schema import compose, load_experiment, local_files
 from lazypipe.pipeline.planning.plan import build_nodes
 from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.stages.contract import Context, UserError
@@ -92,7 +92,7 @@ def test_file_contents_change_the_recipe_of_the_evaluation_alone(tmp_path: Path)
 
     def prints(**evaluate: Any) -> dict[str, str]:
         sources = inspect_sources(compose(compact(**evaluate)), tmp_path / "root")
-        nodes = build_nodes(sources.experiment, sources.identity, sources.tasks)
+        nodes = build_nodes(sources.experiment, sources.identity)
         return {node_id: node.fingerprint for node_id, node in nodes.items()}
 
     plain = prints()
@@ -110,7 +110,7 @@ def test_relative_paths_are_taken_from_the_working_directory() -> None:
     document["variants"]["lazy"]["evaluate"] = {"task_data": {"rte": {"train": "b.jsonl", "validation": "~/c.jsonl"}}}
     experiment = compose(document)
     home = os.path.expanduser("~")  # noqa: PTH111
-    assert task_files(experiment) == [str(Path.cwd() / "b.jsonl"), f"{home}/c.jsonl"]
+    assert local_files(experiment) == [str(Path.cwd() / "b.jsonl"), f"{home}/c.jsonl"]
     assert experiment.document["evaluate"]["task_data"]["piqa"] == str(Path.cwd() / "a.jsonl")
 
 
@@ -140,5 +140,5 @@ def test_workers_hold_what_the_stage_holds() -> None:
 def test_the_experiment_file_loads_them(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("name: x\nvariants: {lazy: {}}\nevaluate: {tasks: [lazy9], limit: 200, num_fewshot: 0}\n")
-    evaluate = load_experiment(path).variants["lazy"].evaluate
+    evaluate = load_experiment(path).config(EvaluateConfig, "lazy")
     assert (evaluate.tasks, evaluate.limit, evaluate.num_fewshot) == (("lazy9",), 200, 0)

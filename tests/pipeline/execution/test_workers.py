@@ -15,9 +15,11 @@ import pytest
 
 from lazypipe.pipeline.execution.backends import Capacity, demand_of
 from lazypipe.pipeline.execution.ray_train import _cause
-from lazypipe.pipeline.experiment.schema import Experiment, PretrainResources, load_experiment
+from lazypipe.pipeline.experiment.resources import WorkerResources
+from lazypipe.pipeline.experiment.schema import Experiment, load_experiment
 from lazypipe.pipeline.planning.plan import Node
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.registry import stage_row
 from tests.pipeline.tiny import clean_environment, current_manifest, lazypipe, mlflow_runs, write_experiment
 
 
@@ -26,7 +28,7 @@ def experiment(folder: Path, *overrides: str) -> Experiment:
 
 
 def node(found: Experiment) -> Node:
-    return Node("pretrain/lazy", "pretrain", "lazy", found.variants["lazy"].pretrain, {}, {}, {}, "0" * 64)
+    return Node("pretrain/lazy", stage_row("pretrain"), "lazy", found.configs["pretrain/lazy"], {}, {}, {}, "0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,16 @@ def node(found: Experiment) -> Node:
     [("2", (2, 2)), ("{min: 1, max: 4}", (1, 4)), ("{min: 3, max: 3}", (3, 3)), ("{max: 4, min: 2}", (2, 4))],
 )
 def test_workers_are_a_number_or_a_range(tmp_path: Path, written: str, expected: tuple[int, int]) -> None:
-    resources = experiment(tmp_path, f"resources.pretrain.workers={written}").resources.pretrain
+    resources = experiment(tmp_path, f"resources.pretrain.workers={written}").resources["pretrain"]
+    assert isinstance(resources, WorkerResources)
     assert resources.worker_range == expected
-    assert PretrainResources.model_validate(resources.model_dump(mode="json")) == resources
+    assert WorkerResources.model_validate(resources.model_dump(mode="json")) == resources
     assert not resources.in_task
 
 
 def test_a_range_of_one_is_one_worker(tmp_path: Path) -> None:
-    assert experiment(tmp_path, "resources.pretrain.workers={min: 1, max: 1}").resources.pretrain.in_task
+    resources = experiment(tmp_path, "resources.pretrain.workers={min: 1, max: 1}").resources["pretrain"]
+    assert isinstance(resources, WorkerResources) and resources.in_task
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,18 @@ import pytest
 
 from lazypipe.model.pattern import PATTERNS
 from lazypipe.model.sizes import PYTHIA_VOCABULARY, SIZES
-from lazypipe.pipeline.experiment.schema import Experiment, load_experiment
-from lazypipe.pipeline.planning.costs import Vocabulary, cost_rows, vocabulary
+from lazypipe.pipeline.experiment.resources import WorkerResources
+from lazypipe.pipeline.experiment.schema import Experiment, load_experiment, models
+from lazypipe.pipeline.planning.costs import cost_rows, vocabulary
 from lazypipe.pipeline.planning.fingerprint import fingerprint
 from lazypipe.pipeline.planning.plan import Selection, build_nodes, decide
 from lazypipe.pipeline.planning.preflight import inspect_sources
 from lazypipe.pipeline.store.store import Store
 from lazypipe.stages.config import identity
+from lazypipe.stages.evaluate.config import EvaluateConfig
+from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.stage_row import Vocabulary
+from lazypipe.stages.tokenization.config import TokenizeConfig
 from tests.pipeline.tiny import write_corpus
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -45,23 +50,27 @@ def test_every_experiment_can_be_planned(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_fit_a_gpu_of_80_gb_by_estimate(name: str) -> None:
     experiment = load(name)
-    vocab = vocabulary(experiment.tokenize, None)
-    if getattr(experiment.tokenize.tokenizer, "name", "").startswith("EleutherAI/pythia"):
+    vocab = vocabulary(experiment, None)
+    if getattr(experiment.config(TokenizeConfig).tokenizer, "name", "").startswith("EleutherAI/pythia"):
         vocab = Vocabulary(PYTHIA_VOCABULARY, exact=True)  # otherwise the largest of uint16, 2 GiB more at 1.7B
     rows = cost_rows(experiment, vocab)
     assert max(row["memory"]["total"] for row in rows) < GPU_GIB * 2**30
-    for variant in experiment.variants.values():
-        assert variant.pretrain.micro_batches_per_step % experiment.resources.pretrain.worker_range[1] == 0
+    resources = experiment.resources["pretrain"]
+    assert isinstance(resources, WorkerResources)
+    for variant in experiment.variants:
+        training = experiment.config(PretrainConfig, variant)
+        assert training.micro_batches_per_step % resources.worker_range[1] == 0
 
 
 @pytest.mark.parametrize("name", DECONSTRUCT)
 def test_deconstructing_attention_in_full(name: str) -> None:
     experiment = load(f"deconstruct_{name}")
     mixers = {"lazy", "mlp", "taylor", "gating", "random_qk", "text_qk", "static_qk"}
-    found = {(v.pretrain.model.mixer, v.pretrain.model.pattern) for v in experiment.variants.values()}
+    found = {(model.mixer, model.pattern) for model in models(experiment).values()}
     assert found == {("standard", "uniform"), *((mixer, p) for mixer in mixers for p in ("uniform", "even"))}
-    for variant in experiment.variants.values():
-        training, model = variant.pretrain, variant.pretrain.model
+    for variant in experiment.variants:
+        training = experiment.config(PretrainConfig, variant)
+        model = training.model
         shape = SIZES[DECONSTRUCT[name]].model(
             mixer=model.mixer, pattern=model.pattern, max_seq_len=2048, tie_embeddings=False
         )
@@ -71,14 +80,14 @@ def test_deconstructing_attention_in_full(name: str) -> None:
         billions = 45 if name == "1.7b" else 15
         assert training.steps == math.ceil(billions * 1e9 / training.tokens_per_step)
         assert training.lr == (3e-4 if name == "1.7b" else 4e-4)
-        assert bool(variant.evaluate.ablations) == (model.pattern == "even")
+        assert bool(experiment.config(EvaluateConfig, variant).ablations) == (model.pattern == "even")
 
 
 @pytest.mark.parametrize(("name", "size"), [("lazy_340m", "340M"), ("lazy_760m", "760M")])
 def test_lazy_attention_in_full(name: str, size: str) -> None:
     experiment = load(name)
     for mixer in ("lazy", "standard"):
-        training = experiment.variants[mixer].pretrain
+        training = experiment.config(PretrainConfig, mixer)
         assert training.model == SIZES[size].model(
             mixer=mixer, max_seq_len=4096, max_bias_length=512, tie_embeddings=False
         )
@@ -88,16 +97,16 @@ def test_lazy_attention_in_full(name: str, size: str) -> None:
 
 
 def test_the_pattern_ablation_has_every_pattern() -> None:
-    variants = load("deconstruct_patterns").variants.values()
-    assert [v.pretrain.model.pattern for v in variants if v.pretrain.model.mixer != "standard"] == list(PATTERNS)
+    built = models(load("deconstruct_patterns")).values()
+    assert [model.pattern for model in built if model.mixer != "standard"] == list(PATTERNS)
 
 
 def test_the_parts_of_lazy_attention_are_taken_away_one_at_a_time() -> None:
-    models = {name: variant.pretrain.model for name, variant in load("lazy_ablations").variants.items()}
-    whole = models["lazy"].model_dump()
+    built = models(load("lazy_ablations"))
+    whole = built["lazy"].model_dump()
     changed = {
         name: {field for field, value in model.model_dump().items() if value != whole[field]}
-        for name, model in models.items()
+        for name, model in built.items()
     }
     assert changed == {
         "standard": {"mixer"},
@@ -115,17 +124,18 @@ def test_seeds_repeat_the_close_models_of_the_quick_experiment() -> None:
 
     def recipes(experiment: Experiment, seed: int) -> dict[str, str]:
         return {
-            name.removesuffix(f"_seed{seed}"): fingerprint("pretrain", 1, identity(variant.pretrain), {}, {})
-            for name, variant in experiment.variants.items()
-            if variant.pretrain.seed == seed
+            name.removesuffix(f"_seed{seed}"): fingerprint("pretrain", 1, identity(training), {}, {})
+            for name in experiment.variants
+            if (training := experiment.config(PretrainConfig, name)).seed == seed
         }
 
     assert recipes(seeds, 0) == recipes(quick, 0)
-    assert len({variant.pretrain.seed for variant in seeds.variants.values()}) == 3
+    assert len({seeds.config(PretrainConfig, name).seed for name in seeds.variants}) == 3
     for seed in (1, 2):
         names = recipes(seeds, seed)
-        assert names.keys() == quick.variants.keys() - {"mlp", "gating"}
+        assert names.keys() == set(quick.variants) - {"mlp", "gating"}
         for name in names:
-            repeated = seeds.variants[f"{name}_seed{seed}"]
-            assert repeated.pretrain.model_copy(update={"seed": 0}) == quick.variants[name].pretrain
-            assert repeated.evaluate == quick.variants[name].evaluate
+            repeated = f"{name}_seed{seed}"
+            training = seeds.config(PretrainConfig, repeated)
+            assert training.model_copy(update={"seed": 0}) == quick.config(PretrainConfig, name)
+            assert seeds.config(EvaluateConfig, repeated) == quick.config(EvaluateConfig, name)

@@ -12,6 +12,8 @@ from lazypipe.stages.config import identity
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.overrides import apply_overrides
+from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.tokenization.config import TokenizeConfig
 from tests.pipeline.store.filled_store import SMALL, commit, nodes_of
 
 
@@ -74,7 +76,7 @@ def test_a_length_beyond_the_validation_split_is_refused_before_training(tmp_pat
 def test_the_example_builds_on_the_quickstart_and_trains_nothing_new() -> None:
     configs = Path(__file__).parents[3] / "configs"
     quickstart, probing = (load_experiment(configs / f"{name}.yaml") for name in ("quickstart", "probes"))
-    for name, variant in quickstart.variants.items():
-        assert probing.variants[name].pretrain == variant.pretrain
-        assert probing.variants[name].evaluate.extrapolation.context_lengths[-1] == 2048
-    assert probing.tokenize == quickstart.tokenize
+    for name in quickstart.variants:
+        assert probing.config(PretrainConfig, name) == quickstart.config(PretrainConfig, name)
+        assert probing.config(EvaluateConfig, name).extrapolation.context_lengths[-1] == 2048
+    assert probing.config(TokenizeConfig) == quickstart.config(TokenizeConfig)

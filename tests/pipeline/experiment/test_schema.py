@@ -12,24 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.pipeline.experiment.resources import StageResources, WorkerResources, resources_model
 from lazypipe.pipeline.experiment.schema import (
     MODEL_FIELDS,
-    PRETRAIN_FIELDS,
-    SECTIONS,
     Experiment,
-    PretrainResources,
-    Resources,
-    StageResources,
     Storage,
     compose,
+    flat_fields,
     load_experiment,
+    local_files,
     resolve_root,
-    source_files,
+    section_names,
 )
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.data.sources import FilesSource
 from lazypipe.stages.evaluate.config import EvaluateConfig
-from lazypipe.stages.registry import STAGE_CONFIGS
+from lazypipe.stages.pretrain.config import PretrainConfig
+from lazypipe.stages.registry import STAGE_CONFIGS, STAGES
+from lazypipe.stages.report.config import ReportConfig
+from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.tokenization.config import TokenizeConfig
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -50,52 +51,60 @@ def small(**sections: Any) -> Experiment:
 
 def test_the_quickstart_means_what_it_says() -> None:
     experiment = load_experiment(QUICKSTART)
-    assert experiment.name == experiment.report.title == "quickstart"
+    assert experiment.name == experiment.config(ReportConfig).title == "quickstart"
     assert list(experiment.variants) == ["lazy", "standard"]
-    lazy, standard = experiment.variants["lazy"], experiment.variants["standard"]
-    assert (lazy.pretrain.model.mixer, lazy.pretrain.model.max_bias_length) == ("lazy", 128)
-    assert (standard.pretrain.model.mixer, standard.pretrain.model.max_bias_length) == ("standard", 512)
-    assert lazy.pretrain.model_copy(update={"model": standard.pretrain.model}) == standard.pretrain
-    assert lazy.evaluate == standard.evaluate and lazy.sparsity == standard.sparsity
-    assert (lazy.pretrain.steps, lazy.pretrain.lr, lazy.pretrain.micro_batches_per_step) == (200, 2e-3, 2)
-    assert experiment.resources.pretrain.in_task
+    lazy, standard = (experiment.config(PretrainConfig, name) for name in experiment.variants)
+    assert (lazy.model.mixer, lazy.model.max_bias_length) == ("lazy", 128)
+    assert (standard.model.mixer, standard.model.max_bias_length) == ("standard", 512)
+    assert lazy.model_copy(update={"model": standard.model}) == standard
+    for stage in ("evaluate", "sparsity"):
+        assert experiment.configs[f"{stage}/lazy"] == experiment.configs[f"{stage}/standard"]
+    assert (lazy.steps, lazy.lr, lazy.micro_batches_per_step) == (200, 2e-3, 2)
+    resources = experiment.resources["pretrain"]
+    assert isinstance(resources, WorkerResources) and resources.in_task
 
 
 def test_every_section_but_name_and_variants_may_be_left_out_or_empty() -> None:
     bare = compose({"name": "x", "variants": {"a": None}})
-    empty = compose({"name": "x", "variants": {"a": {}}} | dict.fromkeys(SECTIONS[2:], None) | {"variants": {"a": {}}})
-    assert bare.variants == empty.variants and bare.tokenize == empty.tokenize == TokenizeConfig()
+    sections: dict[str, Any] = dict.fromkeys(section_names())
+    empty = compose({**sections, "name": "x", "seed": 0, "variants": {"a": {}}})
+    assert bare.configs == empty.configs and bare.config(TokenizeConfig) == TokenizeConfig()
 
 
 def test_flat_keys_of_a_variant_go_to_the_model_or_to_pretraining() -> None:
     variants = {"a": {"num_heads": 4, "lr": 1e-3, "evaluate": {"temperature": 0.5}}, "b": {}}
     experiment = small(variants=variants, evaluate={"top_k": 5})
-    a, b = experiment.variants["a"], experiment.variants["b"]
-    assert (a.pretrain.model.num_heads, a.pretrain.lr) == (4, 1e-3)
-    assert (a.evaluate.temperature, a.evaluate.top_k) == (0.5, 5)
-    assert (b.pretrain.model.num_heads, b.pretrain.lr, b.evaluate.temperature) == (2, 2e-3, 0.8)
+    a, b = (experiment.config(PretrainConfig, name) for name in "ab")
+    assert (a.model.num_heads, a.lr, b.model.num_heads, b.lr) == (4, 1e-3, 2, 2e-3)
+    a, b = (experiment.config(EvaluateConfig, name) for name in "ab")
+    assert (a.temperature, a.top_k, b.temperature, b.top_k) == (0.5, 5, 0.8, 5)
 
 
 def test_a_key_of_two_sections_reaches_only_the_one_it_is_written_in() -> None:
     experiment = small(sparsity={"seq_len": 64}, variants={"a": {"dtype": "bfloat16"}})
-    a = experiment.variants["a"]
-    assert (a.pretrain.seq_len, a.sparsity.seq_len) == (32, 64)
-    assert (a.pretrain.dtype, a.evaluate.dtype, a.sparsity.dtype) == ("bfloat16", "float32", "float32")
+    training, evaluation = experiment.config(PretrainConfig, "a"), experiment.config(EvaluateConfig, "a")
+    analysis = experiment.config(SparsityConfig, "a")
+    assert (training.seq_len, analysis.seq_len) == (32, 64)
+    assert (training.dtype, evaluation.dtype, analysis.dtype) == ("bfloat16", "float32", "float32")
+
+
+def seeds_of(experiment: Experiment, variant: str) -> tuple[int, int]:
+    """(of training, of evaluation)"""
+    return experiment.config(PretrainConfig, variant).seed, experiment.config(EvaluateConfig, variant).seed
 
 
 def test_seeds_come_from_the_experiment_unless_set_nearer() -> None:
     variants = {"a": {}, "b": {"seed": 8, "evaluate": {"seed": 9}}}
     experiment = small(seed=5, variants=variants)
-    seeds = {name: (v.pretrain.seed, v.evaluate.seed) for name, v in experiment.variants.items()}
-    assert seeds == {"a": (5, 5), "b": (8, 9)}
+    assert {name: seeds_of(experiment, name) for name in experiment.variants} == {"a": (5, 5), "b": (8, 9)}
     experiment = small(seed=5, pretrain={**SMALL["pretrain"], "seed": 6}, evaluate={"seed": 7})
-    assert (experiment.variants["lazy"].pretrain.seed, experiment.variants["lazy"].evaluate.seed) == (6, 7)
+    assert seeds_of(experiment, "lazy") == (6, 7)
 
 
 def test_ablations_of_the_section_reach_the_hybrids_only() -> None:
     variants = {"lazy": {"mixer": "lazy"}, "standard": {"pattern": "even"}, "half": {"mixer": "lazy", "pattern": [1]}}
     experiment = small(evaluate={"ablations": ["skip"]}, variants=variants)
-    asked = {name: variant.evaluate.ablations for name, variant in experiment.variants.items()}
+    asked = {name: experiment.config(EvaluateConfig, name).ablations for name in experiment.variants}
     assert asked == {"lazy": (), "standard": (), "half": ("skip",)}
     assert small(variants={"half": {**variants["half"], "evaluate": {"ablations": ["skip"]}}}).variants
     with pytest.raises(
@@ -107,12 +116,14 @@ def test_ablations_of_the_section_reach_the_hybrids_only() -> None:
 
 
 def test_model_pretrain_and_evaluate_names_are_disjoint() -> None:
-    assert not MODEL_FIELDS & PRETRAIN_FIELDS
-    assert not (MODEL_FIELDS | PRETRAIN_FIELDS) & {"seed", "evaluate", "model"}
+    flat = [MODEL_FIELDS, *(flat_fields(row) for row in STAGES if row.in_variant == "flat")]
+    assert len(flat) == 2 and sum(map(len, flat)) == len(frozenset().union(*flat))
+    assert not frozenset().union(*flat) & {"model", *STAGE_CONFIGS}
 
 
 def test_every_field_of_every_config_says_what_it_is() -> None:
-    for model in (*STAGE_CONFIGS.values(), ModelConfig, Storage, Resources, StageResources, PretrainResources):
+    sections = (Storage, resources_model(STAGES), StageResources, WorkerResources)
+    for model in (*STAGE_CONFIGS.values(), ModelConfig, *sections):
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
 
@@ -125,7 +136,7 @@ def test_paths_become_absolute_and_keep_their_globs(monkeypatch: pytest.MonkeyPa
         "tokenizer": {"kind": "file", "path": "t.json"},
     }
     experiment = small(tokenize=tokenize)
-    assert source_files(experiment.tokenize) == [
+    assert local_files(experiment) == [
         str(tmp_path / "a" / "*.txt"),
         str(tmp_path.parent / "b.txt"),
         "/home/somebody/c.txt",
@@ -134,7 +145,8 @@ def test_paths_become_absolute_and_keep_their_globs(monkeypatch: pytest.MonkeyPa
     ]
     monkeypatch.chdir("/")
     again = compose(experiment.document)
-    assert isinstance(again.tokenize.source, FilesSource) and again.tokenize == experiment.tokenize
+    corpus = again.config(TokenizeConfig)
+    assert isinstance(corpus.source, FilesSource) and corpus == experiment.config(TokenizeConfig)
 
 
 def test_hub_names_that_are_directories_or_can_only_be_paths_become_absolute(
@@ -151,15 +163,15 @@ def test_hub_names_that_are_directories_or_can_only_be_paths_become_absolute(
 
     def names(experiment: Experiment) -> tuple[str, str]:
         parts = experiment.document["tokenize"]
-        assert experiment.tokenize == compose(experiment.document).tokenize
+        assert experiment.configs == compose(experiment.document).configs
         return parts["source"]["dataset"], parts["tokenizer"]["name"]
 
     local = hub("some/corpus", "../elsewhere")
     assert names(local) == (str(tmp_path / "some" / "corpus"), str(tmp_path.parent / "elsewhere"))
-    assert source_files(local.tokenize) == list(names(local))
+    assert local_files(local) == list(names(local))
     assert names(hub("~/corpus", "./t")) == ("/home/somebody/corpus", str(tmp_path / "t"))
     remote = hub("some/dataset", "gpt2")
-    assert names(remote) == ("some/dataset", "gpt2") and source_files(remote.tokenize) == []
+    assert names(remote) == ("some/dataset", "gpt2") and local_files(remote) == []
     with pytest.raises(UserError, match=r"tokenize\.source\.dataset: must have at least 1 character"):
         hub("", "gpt2")
 
@@ -320,12 +332,16 @@ def test_relative_and_empty_paths_do_not_turn_into_the_working_directory() -> No
     with pytest.raises(UserError):
         small(tokenize={"tokenizer": {"kind": "file", "path": ""}})
     experiment = small(tokenize={"source": {"kind": "files", "paths": ["./x/../y.txt"]}})
-    assert source_files(experiment.tokenize) == [os.path.join(os.getcwd(), "y.txt")]  # noqa: PTH109, PTH118
+    assert local_files(experiment) == [os.path.join(os.getcwd(), "y.txt")]  # noqa: PTH109, PTH118
 
 
 KEYS = st.sampled_from(
     sorted(
-        {*SECTIONS, *MODEL_FIELDS, *PRETRAIN_FIELDS, *TokenizeConfig.model_fields, *EvaluateConfig.model_fields}
+        {
+            *section_names(),
+            *MODEL_FIELDS,
+            *(field for config in STAGE_CONFIGS.values() for field in config.model_fields),
+        }
         | {"lazy", "kind", "paths", "path", "cpus", "workers", "windows", "root", "vocab_size", "nonsense", "", "ü"}
     )
 )
@@ -341,7 +357,7 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(tree=st.dictionaries(KEYS, VALUES, max_size=5), section=st.sampled_from(SECTIONS), value=VALUES)
+@given(tree=st.dictionaries(KEYS, VALUES, max_size=5), section=st.sampled_from(section_names()), value=VALUES)
 def test_compose_returns_an_experiment_or_a_refusal(tree: dict[str, Any], section: str, value: Any) -> None:
     for document in (tree, {**SMALL, section: value}):
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lazypipe.model.config import BASELINES
-from lazypipe.pipeline.experiment.schema import compose
+from lazypipe.pipeline.experiment.schema import compose, models
 from lazypipe.pipeline.planning.plan import Selection, decide
 from lazypipe.pipeline.planning.preflight import check_baselines
 from lazypipe.pipeline.store.store import Store
@@ -30,7 +30,7 @@ def test_a_baseline_without_gpus_is_refused_and_with_gpus_planned(mixer: str) ->
             UserError, match=rf"variants.other.mixer={mixer} .* CUDA GPUs only, but resources.{key} is 0"
         ):
             compose(with_baseline(mixer, resources))
-    assert compose(with_baseline(mixer, GPUS)).variants["other"].pretrain.model.mixer == mixer
+    assert models(compose(with_baseline(mixer, GPUS)))["other"].mixer == mixer
 
 
 def test_a_missing_package_is_refused_for_what_would_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

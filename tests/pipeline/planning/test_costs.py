@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 from lazypipe.model.costs import training_flops_per_token
 from lazypipe.model.sizes import SIZES
 from lazypipe.pipeline.cli import app
-from lazypipe.pipeline.experiment.schema import compose
-from lazypipe.pipeline.planning.costs import Vocabulary, cost_rows, vocabulary
+from lazypipe.pipeline.experiment.schema import compose, models
+from lazypipe.pipeline.planning.costs import cost_rows
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.stage_row import Vocabulary
 from lazypipe.stages.tokenization.config import HubTokenizer, TokenizeConfig
+from lazypipe.stages.tokenization.planning import vocabulary
 from tests.pipeline.tiny import write_experiment
 from tests.test_imports import loaded_by
 
@@ -51,7 +53,7 @@ def test_costs_of_small_models_by_hand() -> None:
     per_layer = 2 * (4 * 32 * 32 + 3 * 32 * 96) + 4 * 32 * 32
     assert rows["standard"]["training_flops_per_token"] == 3 * (2 * per_layer + 2 * 50 * 32)
     assert rows["standard"]["training_tokens"] == 192
-    model = compose(SMALL).variants["lazy"].pretrain.model
+    model = models(compose(SMALL))["lazy"]
     assert rows["lazy"]["training_flops_per_token"] == training_flops_per_token(model, 50, 32, 2)
 
 
@@ -65,16 +67,16 @@ def test_a_baseline_is_said_to_be_estimated_by_its_standard_model(tmp_path: Path
 
 def test_an_unknown_vocabulary_bounds_or_hides_what_depends_on_it(tmp_path: Path) -> None:
     hub = TokenizeConfig(tokenizer=HubTokenizer(kind="hub", name="a/b"))
-    assert vocabulary(hub, None) == Vocabulary(65_536, exact=False)
+    assert vocabulary(hub) == Vocabulary(65_536, exact=False)
     wide = hub.model_copy(update={"token_dtype": "uint32"})
-    assert vocabulary(wide, None) is None
+    assert vocabulary(wide) is None
     unknown = {row["variant"]: row for row in cost_rows(compose(SMALL), None)}
     assert unknown["lazy"]["parameters"] is None and unknown["lazy"]["memory"] is None
     assert (unknown["lazy"]["difference"], unknown["untied"]["difference"]) == (2 * 2 * (16 + 1), None)
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2}]}))
     given = {"source": {"kind": "embedded"}, "tokenizer": {"kind": "file", "path": str(tokenizer)}}
-    assert vocabulary(TokenizeConfig.model_validate(given), None) == Vocabulary(3, exact=True)
+    assert vocabulary(TokenizeConfig.model_validate(given)) == Vocabulary(3, exact=True)
 
 
 def test_a_hub_out_of_reach_does_not_hide_the_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

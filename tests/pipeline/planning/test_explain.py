@@ -77,7 +77,7 @@ def test_a_change_from_all_defaults_and_back_names_that_field_alone(
 
 def test_changed_source_content_is_named_and_both_sides_can_be_told_apart(tmp_path: Path) -> None:
     files = [{"format": "text", "sha256": "ab" * 32}, {"format": "text", "sha256": "cd" * 32}]
-    one, two = (nodes_of(source={"source": {"files": f}, "tokenizer": {}}) for f in (files, files[::-1]))
+    one, two = (nodes_of(source={"tokenize": {"source": {"files": f}, "tokenizer": {}}}) for f in (files, files[::-1]))
     line = explained(tmp_path, "tokenize", one, two)[0]
     key, _, values = line.partition(": ")
     old, new = values.split(" -> ")

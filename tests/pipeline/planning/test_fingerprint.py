@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.schema import load_experiment
@@ -306,13 +306,13 @@ def test_the_quickstarts_fingerprint_is_what_it_was() -> None:
     experiment = load_experiment(QUICKSTART)
     source = {"source": {"files": [{"format": "text", "sha256": "ab" * 32}]}, "tokenizer": {}}
 
-    def frozen(stage: str, config: BaseModel, source: dict[str, Any], inputs: dict[str, str]) -> str:
-        version = config.STAGE_VERSION  # type: ignore[attr-defined]
+    def frozen(stage: str, config: StageConfig, source: dict[str, Any], inputs: dict[str, str]) -> str:
+        version = config.STAGE_VERSION
         return fingerprint(stage, version, identity(config), source, inputs)
 
-    tokenize = frozen("tokenize", experiment.tokenize, source, {})
-    lazy = frozen("pretrain", experiment.variants["lazy"].pretrain, {}, {"tokenize": tokenize})
-    standard = frozen("pretrain", experiment.variants["standard"].pretrain, {}, {"tokenize": tokenize})
+    tokenize = frozen("tokenize", experiment.config(TokenizeConfig), source, {})
+    lazy = frozen("pretrain", experiment.config(PretrainConfig, "lazy"), {}, {"tokenize": tokenize})
+    standard = frozen("pretrain", experiment.config(PretrainConfig, "standard"), {}, {"tokenize": tokenize})
     assert (tokenize[:12], lazy[:12], standard[:12]) == ("958463a9e88a", "6924665ccd98", "2992013629a9")
 
 
@@ -326,7 +326,7 @@ def test_a_default_changes_only_together_with_the_stages_version(stage: str, ver
     model = STAGE_CONFIGS[stage]
     defaults = flatten(model().model_dump(mode="json"))
     decisive = {key: value for key, value in defaults.items() if key not in operational_fields(model())}
-    assert version == model.STAGE_VERSION  # type: ignore[attr-defined]
+    assert version == model.STAGE_VERSION
     assert decisive == FROZEN_DEFAULTS[stage, version]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_change_moves_the_fingerprints_below_it_and_no_others() -> None:
 
     assert moved(nodes_of()) == moved(nodes_of(name="renamed", storage={"root": "x"})) == []
     assert moved(nodes_of(resources={"pretrain": {"workers": 2}}, evaluate={"batch_tokens": 1})) == []
-    assert moved(nodes_of(source={"source": {"files": []}, "tokenizer": {}})) == ALL
+    assert moved(nodes_of(source={"tokenize": {"source": {"files": []}, "tokenizer": {}}})) == ALL
     assert moved(nodes_of(sparsity={"windows": 3})) == ["sparsity/lazy", "sparsity/standard", "report"]
     lazy_only = {"lazy": {"mixer": "lazy", "lr": 1e-3}, "standard": {}}
     assert moved(nodes_of(variants=lazy_only)) == ["pretrain/lazy", "evaluate/lazy", "sparsity/lazy", "report"]
@@ -254,5 +255,5 @@ def test_forcing_one_of_two_identical_variants_forces_their_one_result(tmp_path:
 
 def test_an_experiment_is_planned_by_what_it_holds_and_not_by_its_document() -> None:
     experiment = compose(SMALL)
-    other = experiment.model_copy(update={"document": {}})
+    other = replace(experiment, document={})
     assert build_nodes(other, SOURCE) == build_nodes(experiment, SOURCE)

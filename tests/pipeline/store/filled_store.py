@@ -20,14 +20,16 @@ SMALL: dict[str, Any] = {
     "pretrain": {"seq_len": 32, "tokens_per_step": 64, "micro_batch_size": 2},
     "variants": {"lazy": {"mixer": "lazy"}, "standard": {}},
 }
-SOURCE = {"source": {"files": [{"format": "text", "sha256": "ab" * 32}]}, "tokenizer": {}}
+SOURCE: dict[str, dict[str, Any]] = {
+    "tokenize": {"source": {"files": [{"format": "text", "sha256": "ab" * 32}]}, "tokenizer": {}}
+}
 ALL = [
     *("tokenize", "pretrain/lazy", "evaluate/lazy", "sparsity/lazy"),
     *("pretrain/standard", "evaluate/standard", "sparsity/standard", "report"),
 ]
 
 
-def nodes_of(source: Mapping[str, Any] = SOURCE, **sections: Any) -> dict[str, Node]:
+def nodes_of(source: Mapping[str, Mapping[str, Any]] = SOURCE, **sections: Any) -> dict[str, Node]:
     return build_nodes(compose({**SMALL, **sections}), source)
 
 
@@ -47,7 +49,7 @@ def commit(store: Store, nodes: Mapping[str, Node], node_id: str, **manifest: An
         "stage": node.stage,
         "variant": node.variant,
         "fingerprint": node.fingerprint,
-        "stage_version": node.config.STAGE_VERSION,  # type: ignore[attr-defined]
+        "stage_version": node.config.STAGE_VERSION,
         "config": node.config.model_dump(mode="json"),
         "identity": dict(node.identity),
         "source": dict(node.source),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lazypipe.pipeline.experiment.schema import load_experiment
+from lazypipe.pipeline.experiment.schema import load_experiment, models
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.sparsity import stage as sparsity
 from lazypipe.stages.sparsity.config import SparsityConfig
@@ -48,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_the_sparsity_stage_measures_it(corpus: Artifact, tmp_path: Path, variant: str) -> None:
     file = tmp_path / "relatives.yaml"
     file.write_text(EXPERIMENT, encoding="utf-8")
-    config = load_experiment(file).variants[variant].pretrain.model
+    config = models(load_experiment(file))[variant]
     fields = config.model_dump(exclude={"mixer"})
     inputs = {
         "tokenize": corpus,

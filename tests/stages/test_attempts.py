@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lazypipe.stages.pretrain.attempts import begin_attempt, end_attempt, ends_noted, read_attempts
+from lazypipe.stages.attempts import begin_attempt, end_attempt, ends_noted, read_attempts
 from tests.stages.pretrain.toy_training import context_in
 
 
