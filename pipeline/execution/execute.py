@@ -59,6 +59,7 @@ class StageTask:
     tracking: Mapping[str, str] = field(default_factory=dict)
     resources: Mapping[str, Any] = field(default_factory=dict)
     input_names: tuple[str, ...] = ()
+    code_sha256: str | None = None  # of the stage's code, as planning compares it
 
 
 class LeaseLostError(RuntimeError):
@@ -150,7 +151,7 @@ def _manifest(
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "code": code_version().as_manifest(),
+        "code": code_version().as_manifest() | {"stage_sha256": task.code_sha256},
         "tracking": dict(task.tracking),
     }
     for name in ("resumed_from", "steps_executed"):

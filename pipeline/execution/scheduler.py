@@ -19,8 +19,10 @@ from lazypipe.pipeline.execution.backends import Backend, Demand, Finished, dema
 from lazypipe.pipeline.execution.execute import LeaseLostError, StageTask
 from lazypipe.pipeline.execution.progress import Display
 from lazypipe.pipeline.experiment.schema import Experiment
+from lazypipe.pipeline.planning.code_version import PACKAGE
 from lazypipe.pipeline.planning.plan import FORCED, Decision, Plan, corpus_of, was_forced
 from lazypipe.pipeline.planning.preflight import check_lengths
+from lazypipe.pipeline.planning.stage_sources import SyntaxTrees, stage_digest
 from lazypipe.pipeline.store.lease import Heartbeat, Holder, acquire, held_by, release
 from lazypipe.pipeline.store.store import MANIFEST, Generation, Store, read_generation
 from lazypipe.pipeline.tracking.child_run import ChildRun
@@ -71,9 +73,13 @@ class Walk:
     stop_signal: Callable[[], int | None] = lambda: None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
+    _trees: SyntaxTrees = field(init=False)
     _heartbeat: Heartbeat = field(default_factory=Heartbeat)
     _announced: set[str] = field(default_factory=set)
     _pump_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._trees = SyntaxTrees(self.store.root / "cache")
 
     def run(self) -> dict[str, Outcome]:
         """Walk until every node has ended. Returns the outcomes by node id."""
@@ -107,6 +113,7 @@ class Walk:
                 self._stop_all()
             raise
         finally:
+            self._trees.save()
             finished_pumping.set()
             pump.join()
             self._heartbeat.stop()
@@ -193,6 +200,7 @@ class Walk:
             tracking={"uri": self.tracker.uri, "run_id": child.run_id, "parent_run_id": self.tracker.parent_id},
             resources=resources,
             input_names=tuple(used),
+            code_sha256=stage_digest(PACKAGE, node.row.function, self._trees),
         )
         with self._pump_lock:
             self.running[node.id] = Running(decision, demand, child, entry.path, output_dir)

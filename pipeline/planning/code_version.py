@@ -1,19 +1,27 @@
-"""Which code ran: the commit and dirty diff of this package's repository, and a digest of the sources themselves."""
+"""Which code ran: the commit and dirty diff of this package's repository, and digests of the sources themselves.
+
+A manifest holds two digests. `sources_sha256` is that of all sources that compute results, byte for byte: while it is
+the same nothing has changed. Where it differs, `stage_sha256` says whether the code of the stage itself has: a digest
+of the syntax trees of the files its function imports (stage_sources.py). Manifests written before there was a
+`stage_sha256` cannot tell a change of another stage's code from one of their own, so nothing is said of theirs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import lazypipe
+from lazypipe.pipeline.planning.stage_sources import ROOMS, SyntaxTrees, stage_digest
 
 PACKAGE = Path(lazypipe.__file__).parent  # holds the four packages: as links in a checkout, as folders elsewhere
 PROJECT = PACKAGE.resolve().parent
-RESULT_PACKAGES = ("stages", "model", "kernels")  # the pipeline package decides when and where, not what
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,17 @@ class CodeVersion:
 def sources_digest() -> str:
     """sha256 over the Python sources whose code computes results (stages, model, kernels)."""
     digest = hashlib.sha256()
-    for package in RESULT_PACKAGES:
+    for package in ROOMS:
         for path in sorted((PACKAGE / package).rglob("*.py")):
             digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def stage_changed(function: str, code: Mapping[str, Any], trees: SyntaxTrees) -> bool:
+    """Whether the code of a stage ("module:function") differs from the `code` that a manifest recorded."""
+    if code.get("stage_sha256") is None or code.get("sources_sha256") == sources_digest():
+        return False
+    return bool(code["stage_sha256"] != stage_digest(PACKAGE, function, trees))
 
 
 SHIPPED_FILE = "code_version.json"  # lies beside packages that were shipped to a cluster

@@ -1,4 +1,4 @@
-"""Planning: which stages run, which are cached, and why. Pure: reads the store, executes and writes nothing.
+"""Planning: which stages run, which are cached, and why. Reads the store, executes nothing, writes nothing but a cache.
 
     Experiment -> nodes (one per stage and variant, in topological order, each with its fingerprint)
                -> decisions (cached | run, with reasons), after the selection of --only / --from / --force
@@ -18,8 +18,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from lazypipe.pipeline.experiment.schema import MODEL, Experiment, id_of_node
-from lazypipe.pipeline.planning.code_version import sources_digest
+from lazypipe.pipeline.planning.code_version import stage_changed
 from lazypipe.pipeline.planning.fingerprint import canonical, fingerprint
+from lazypipe.pipeline.planning.stage_sources import SyntaxTrees
 from lazypipe.pipeline.store.store import Entry, Generation, Store
 from lazypipe.stages.config import StageConfig, flatten, identity, operational_fields
 from lazypipe.stages.contract import UserError, nearest
@@ -121,8 +122,10 @@ def decide(nodes: Mapping[str, Node], store: Store, selection: Selection, full_c
         only = " ".join(f"--only {name}" for name in selection.only)
         raise UserError(f"--force or --from names {outside[0]}, which {only} leaves out; drop one of the two")
     plan: Plan = {}
+    trees = SyntaxTrees(store.root / "cache" if store.root.exists() else None)
     for node in nodes.values():
-        plan[node.id] = _decide_one(node, store, plan, forced, full_check)
+        plan[node.id] = _decide_one(node, store, plan, forced, full_check, trees)
+    trees.save()
     if selection.only:
         needed = _needed(plan, explicit)
         for node_id, decision in plan.items():
@@ -146,7 +149,9 @@ def _needed(plan: Plan, explicit: Iterable[str]) -> set[str]:
     return needed
 
 
-def _decide_one(node: Node, store: Store, plan: Plan, forced: set[str], full_check: bool) -> Decision:
+def _decide_one(
+    node: Node, store: Store, plan: Plan, forced: set[str], full_check: bool, trees: SyntaxTrees
+) -> Decision:
     decision = Decision(node, "run")
     entry = store.entry(node.stage, node.fingerprint)
     generation, decision.damage = _stored(entry, full_check)
@@ -172,7 +177,7 @@ def _decide_one(node: Node, store: Store, plan: Plan, forced: set[str], full_che
         )
     if not decision.reasons:
         decision.action, decision.generation = "cached", generation
-        decision.notes = _differences(node, generation) if generation else []
+        decision.notes = _differences(node, generation, trees) if generation else []
     return decision
 
 
@@ -197,7 +202,7 @@ def _resumable(entry: Entry) -> bool:
     return any((entry.scratch / "checkpoints").glob("step-*")) or any((entry.scratch / "tasks").glob("*/manifest.json"))
 
 
-def _differences(node: Node, generation: Generation) -> list[str]:
+def _differences(node: Node, generation: Generation, trees: SyntaxTrees) -> list[str]:
     """What ran differently from how it would run now, without being part of the identity."""
     notes = []
     before = generation.manifest.get("operational", {})
@@ -205,8 +210,9 @@ def _differences(node: Node, generation: Generation) -> list[str]:
         now = list(value) if isinstance(value, tuple) else value
         if name in before and before[name] != now and not name.endswith(("paths", "path")):
             notes.append(f"ran with {name}={before[name]!r}, now {now!r} (does not change the result's identity)")
-    if generation.manifest.get("code", {}).get("sources_sha256") not in (None, sources_digest()):
-        notes.append(f"the code has changed since ({generation.manifest['code'].get('commit') or 'unknown commit'})")
+    code = generation.manifest.get("code", {})
+    if stage_changed(node.row.function, code, trees):
+        notes.append(f"the code of this stage has changed since ({code.get('commit') or 'unknown commit'})")
     return notes
 
 

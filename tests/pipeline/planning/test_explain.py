@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from lazypipe.pipeline.planning import plan as plan_module
+from lazypipe.pipeline.planning.code_version import PACKAGE
 from lazypipe.pipeline.planning.plan import Node, Selection, decide, explain
+from lazypipe.pipeline.planning.stage_sources import SyntaxTrees, stage_digest
 from lazypipe.pipeline.store.store import MANIFEST, Store
-from tests.pipeline.store.filled_store import SMALL, filled, nodes_of, running
+from tests.pipeline.store.filled_store import SMALL, commit, filled, nodes_of, running
 
 
 def explained(tmp_path: Path, node_id: str, before: Mapping[str, Node], after: Mapping[str, Node]) -> list[str]:
@@ -137,10 +138,29 @@ def test_moved_files_are_no_difference_worth_a_note(tmp_path: Path) -> None:
     assert running(plan) == [] and plan["tokenize"].notes == []
 
 
-def test_changed_code_is_noted_with_the_commit_it_ran_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_code_is_noted_with_the_commit_it_ran_at(tmp_path: Path) -> None:
     nodes = nodes_of()
-    store = filled(tmp_path, nodes)
-    monkeypatch.setattr(plan_module, "sources_digest", lambda: "another")
+    store = Store(tmp_path)
+    for node_id in ("tokenize", "pretrain/lazy"):
+        commit(store, nodes, node_id, code={"commit": "c0ffee", "sources_sha256": "", "stage_sha256": "another"})
+    pretrain = nodes["pretrain/standard"]
+    same = stage_digest(PACKAGE, pretrain.row.function, SyntaxTrees(None))
+    commit(store, nodes, pretrain.id, code={"commit": "c0ffee", "sources_sha256": "", "stage_sha256": same})
     plan = decide(nodes, store, Selection())
-    assert running(plan) == []
-    assert plan["pretrain/lazy"].notes == ["the code has changed since (c0ffee)"]
+    note = ["the code of this stage has changed since (c0ffee)"]
+    assert {node_id: d.notes for node_id, d in plan.items() if d.action == "cached"} == {
+        "tokenize": note,
+        "pretrain/lazy": note,
+        "pretrain/standard": [],
+    }
+    assert (tmp_path / "cache" / "syntax_trees.json").is_file()
+
+
+def test_a_manifest_that_holds_the_digest_of_all_sources_only_says_nothing_of_its_stage(tmp_path: Path) -> None:
+    """As written before there was a digest per stage: a change of any stage's code would mark every result."""
+    nodes = nodes_of()
+    store = Store(tmp_path)
+    old = {"commit": "c0ffee", "dirty": False, "diff_sha256": None, "sources_sha256": "ab" * 32}
+    commit(store, nodes, "tokenize", code=old)
+    decision = decide(nodes, store, Selection())["tokenize"]
+    assert (decision.action, decision.notes) == ("cached", [])

@@ -58,7 +58,7 @@ def commit(store: Store, nodes: Mapping[str, Node], node_id: str, **manifest: An
         "metrics": {},
         "facts": tokenize_facts(),
         "created": f"2026-01-01T00:00:{len(list(store.root.rglob(MANIFEST))):02d}",
-        "code": {"commit": "c0ffee", "sources_sha256": sources_digest()},
+        "code": {"commit": "c0ffee", "sources_sha256": sources_digest(), "stage_sha256": "unknown"},
     }
     return entry.commit(name, body | manifest)
 
