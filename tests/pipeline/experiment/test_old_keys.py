@@ -14,6 +14,7 @@ from lazypipe.pipeline.experiment.schema import compose
 from lazypipe.pipeline.planning.plan import build_nodes, explain
 from lazypipe.stages.config import identity
 from lazypipe.stages.contract import OldKeyWarning, UserError
+from lazypipe.stages.evaluate.config import EvaluateConfig
 from tests.pipeline.store.filled_store import SMALL, filled
 
 DEFAULT = [64, 128, 256, 512]
@@ -25,7 +26,7 @@ def extrapolation(evaluate: dict[str, Any], own: dict[str, Any] | None = None) -
     """What the variant measures, defaults left out."""
     variant = {"mixer": "lazy"} if own is None else {"mixer": "lazy", "evaluate": own}
     experiment = compose({**SMALL, "evaluate": evaluate, "variants": {"lazy": variant}})
-    asked = identity(experiment.variants["lazy"].evaluate).get("extrapolation", {})
+    asked = identity(experiment.config(EvaluateConfig, "lazy")).get("extrapolation", {})
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asked.items()}
 
 
