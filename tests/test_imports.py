@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import grimp
@@ -53,6 +54,13 @@ def test_the_kernels_need_nothing_but_torch_and_triton() -> None:
     imported = set().union(*(graph.find_modules_directly_imported_by(module) for module in ours))
     outside = {module for module in imported if graph.is_module_squashed(module)} - set(sys.stdlib_module_names)
     assert outside == {"torch", "triton"}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count, those for type checkers alone do not."""
+    graph = grimp.build_graph("lazypipe", cache_dir=None, exclude_type_checking_imports=True)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # CycleError names the modules
 
 
 def sources() -> list[Path]:

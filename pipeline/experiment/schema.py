@@ -88,9 +88,11 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return compose(apply_overrides(read_document(path), overrides))
 
 
-def compose(document: Document) -> Experiment:
-    """Turn a document into a checked Experiment, or raise a UserError that names the key, the value and the remedy."""
-    rows = STAGES
+def compose(document: Document, rows: tuple[StageRow, ...] = STAGES) -> Experiment:
+    """Turn a document into a checked Experiment of the stages `rows`, each behind its inputs.
+
+    UserError names the key, the value and the remedy.
+    """
     for key in document:
         if key not in section_names(rows):
             raise UserError(f"{key}: unknown section{nearest(str(key), section_names(rows))}")

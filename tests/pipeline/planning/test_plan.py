@@ -8,11 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
+from lazypipe.pipeline.execution.backends import Capacity, demand_of
 from lazypipe.pipeline.experiment.schema import compose
 from lazypipe.pipeline.planning.plan import Decision, Node, Selection, build_nodes, decide, explain
 from lazypipe.pipeline.store.store import MANIFEST, Store
+from lazypipe.stages.config import StageConfig
 from lazypipe.stages.contract import UserError
+from lazypipe.stages.registry import STAGES, in_order, stage_row
+from lazypipe.stages.stage_row import StageRow
 from tests.pipeline.store.filled_store import ALL, SMALL, SOURCE, commit, filled, nodes_of, running
 
 
@@ -257,3 +262,36 @@ def test_an_experiment_is_planned_by_what_it_holds_and_not_by_its_document() -> 
     experiment = compose(SMALL)
     other = replace(experiment, document={})
     assert build_nodes(other, SOURCE) == build_nodes(experiment, SOURCE)
+
+
+class PruneConfig(StageConfig):
+    keep: float = Field(0.5, description="share of the weights kept")
+
+
+def test_a_stage_is_planned_from_its_row(tmp_path: Path) -> None:
+    """A stage that the table does not hold: its section, its nodes, its place, and nobody else's recipe changes."""
+    training = stage_row("pretrain")
+    prune = StageRow(
+        name="prune",
+        description="pruning",
+        function="nowhere:run",
+        config=PruneConfig,
+        facts=training.facts,
+        inputs=("pretrain",),
+        in_variant="nested",
+    )
+    rows = in_order((*STAGES, prune))
+    variants = {"lazy": {"mixer": "lazy", "prune": {"keep": 0.25}}, "standard": {}}
+    experiment = compose({**SMALL, "variants": variants, "resources": {"prune": {"cpus": 2}}}, rows)
+    nodes = build_nodes(experiment, SOURCE)
+    assert [node_id for node_id in nodes if node_id not in ALL] == ["prune/lazy", "prune/standard"]
+    assert nodes["prune/lazy"].inputs == {"pretrain": "pretrain/lazy"}
+    assert [nodes[f"prune/{name}"].identity for name in experiment.variants] == [{"keep": 0.25}, {}]
+    before = build_nodes(compose(SMALL), SOURCE)
+    assert {node_id: nodes[node_id].fingerprint for node_id in ALL} == {i: n.fingerprint for i, n in before.items()}
+    held = demand_of(nodes["prune/lazy"], experiment, Capacity(4, 0, 4, 0))
+    assert (held.cpus, held.gpus) == (2, 0)
+    plan = decide(nodes, filled(tmp_path, before), Selection(only=("prune",)))
+    assert running(plan) == ["prune/lazy", "prune/standard"]
+    with pytest.raises(UserError, match=r"variants\.lazy\.prune\.kep: unknown key; did you mean 'keep'"):
+        compose({**SMALL, "variants": {"lazy": {"prune": {"kep": 1}}}}, rows)
