@@ -1,7 +1,7 @@
 """Where stages execute: in Ray tasks declared as a Ray DAG, or one after another in this process (--local).
 
-A backend has `capacity` (what stages may occupy), `submit`, `poll`, `cancel` and `close`. The walker (walk.py) decides
-when a node may start; a backend only starts it and says how it ended.
+A backend has `capacity` (what stages may occupy), `submit`, `poll`, `cancel` and `close`. scheduler.py decides when a
+node may start; a backend only starts it and says how it ended.
 """
 
 from __future__ import annotations

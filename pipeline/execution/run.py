@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,13 +106,8 @@ def _execute(
 
     nodes = {node_id: d.node for node_id, d in plan.items()}
     to_run = [node_id for node_id, d in plan.items() if d.action == "run"]
-    for node_id in to_run:
-        held = experiment.resources[nodes[node_id].stage]
-        if options.local and isinstance(held, WorkerResources) and held.worker_range[1] > 1:
-            raise UserError(
-                f"resources.{nodes[node_id].stage}.workers={held.workers}: --local trains in one process; "
-                "set it to 1 or leave --local out"
-            )
+    if options.local:
+        _refuse_several_workers(experiment, {nodes[node_id].stage for node_id in to_run})
     store.root.mkdir(parents=True, exist_ok=True)
     caught.on_signal = lambda: False  # until there is a walk to stop, a signal is only remembered
     backend: Backend = LocalBackend() if options.local else RayBackend(options.address, nodes, to_run, experiment)
@@ -145,8 +140,7 @@ def _execute(
             raise
         finally:
             display.stop()
-        making = report_of(plan)
-        report = Outcome("skipped") if making is None else outcomes[making.node.id]
+        report = next((outcomes[i] for i, node in nodes.items() if node.row.makes_report), Outcome("skipped"))
         killed = caught.number is not None or any(o.state == "killed" for o in outcomes.values())
         failed = any(o.state in ("failed", "blocked") for o in outcomes.values())
         tracker.finish(
@@ -165,6 +159,17 @@ def _execute(
         print_report(report.generation, store.root, console)
     print_where_to_look(report.generation, store.root, uri, tracker.parent_id, console)
     return DONE
+
+
+def _refuse_several_workers(experiment: Experiment, stages: Iterable[str]) -> None:
+    """With --local a stage runs in one process, whatever its resources ask for."""
+    for stage in stages:
+        held = experiment.resources[stage]
+        if isinstance(held, WorkerResources) and held.worker_range[1] > 1:
+            raise UserError(
+                f"resources.{stage}.workers={held.workers}: --local trains in one process; set it to 1 or leave "
+                "--local out"
+            )
 
 
 def publish(stored: Mapping[str, Generation | None], plan: Plan, console: Console) -> None:
