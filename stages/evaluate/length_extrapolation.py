@@ -103,19 +103,19 @@ def measure(
 
 def windows(predictions: int, length: int, stride: int) -> list[Window]:
     """Windows of `length` that score each of `predictions` >= length next tokens once, `stride` <= length apart."""
-    found = [Window(0, 1)]
+    placed = [Window(0, 1)]
     scored = length
     while scored < predictions:
         scored_next = min(scored + stride, predictions)
         start = scored_next - length
-        found.append(Window(start, scored - start + 1))
+        placed.append(Window(start, scored - start + 1))
         scored = scored_next
-    return found
+    return placed
 
 
-def batches(found: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
-    for start in range(0, len(found), size):
-        yield found[start : start + size]
+def batches(all_windows: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
+    for start in range(0, len(all_windows), size):
+        yield all_windows[start : start + size]
 
 
 def score(

@@ -89,17 +89,17 @@ def score_probes(model: LanguageModel, probes: Sequence[Probe], device: torch.de
         "first": (hidden, first),
         "control": (model.hidden(column("control")[:, :-1]), again),
     }
-    found = {}
+    columns = {}
     for name, (states, positions) in occasions.items():
         rows = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1])).flatten(0, 1)
         choices = None
         if name == "again" and probes[0].choices is not None:
             choices = column("choices").repeat_interleave(positions.shape[1], dim=0)
         scores = score_rows(model, rows, tokens.gather(1, positions + 1).flatten(), choices)
-        found[f"{name}_hit"], found[f"{name}_log_prob"] = scores.hit, scores.log_prob
+        columns[f"{name}_hit"], columns[f"{name}_log_prob"] = scores.hit, scores.log_prob
         if scores.choice_hit is not None:
-            found["choice_hit"] = scores.choice_hit
-    return {name: values.view(len(probes), -1).cpu() for name, values in found.items()}
+            columns["choice_hit"] = scores.choice_hit
+    return {name: values.view(len(probes), -1).cpu() for name, values in columns.items()}
 
 
 def row(
@@ -115,9 +115,9 @@ def row(
 
     The row's choice_accuracy and choice_chance are None for probes without choices.
     """
-    of = {name: torch.cat([part[name] for part in scores]).double().numpy() for name in scores[0]}
-    accuracy, accuracy_error = mean_and_error(of["again_hit"])
-    gain, gain_error = mean_and_error(of["again_log_prob"] - of["control_log_prob"])
+    values = {name: torch.cat([part[name] for part in scores]).double().numpy() for name in scores[0]}
+    accuracy, accuracy_error = mean_and_error(values["again_hit"])
+    gain, gain_error = mean_and_error(values["again_log_prob"] - values["control_log_prob"])
     choices = probes[0].choices
     return {
         "probe": kind,
@@ -125,16 +125,16 @@ def row(
         "depth": depth,
         "extrapolation": length > trained_length,
         "sequences": len(probes),
-        "predictions": int(of["again_hit"].size),
+        "predictions": int(values["again_hit"].size),
         "accuracy": accuracy,
         "accuracy_error": accuracy_error,
-        "control_accuracy": float(of["control_hit"].mean()),
+        "control_accuracy": float(values["control_hit"].mean()),
         "chance": 1 / vocab_size,
-        "choice_accuracy": None if choices is None else float(of["choice_hit"].mean()),
+        "choice_accuracy": None if choices is None else float(values["choice_hit"].mean()),
         "choice_chance": None if choices is None else 1 / len(choices),
-        "log_prob": float(of["again_log_prob"].mean()),
-        "control_log_prob": float(of["control_log_prob"].mean()),
-        "first_log_prob": float(of["first_log_prob"].mean()),
+        "log_prob": float(values["again_log_prob"].mean()),
+        "control_log_prob": float(values["control_log_prob"].mean()),
+        "first_log_prob": float(values["first_log_prob"].mean()),
         "gain": gain,
         "gain_error": gain_error,
     }
@@ -151,10 +151,10 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     """Per kind the means over all its rows within the trained length (probe/<kind>/accuracy, /gain) and beyond it
     (probe/<kind>/accuracy_beyond, /gain_beyond), where there are such rows.
     """
-    found = {}
+    means = {}
     for kind in dict.fromkeys(row["probe"] for row in rows):
         for beyond, suffix in ((False, ""), (True, "_beyond")):
             chosen = [row for row in rows if row["probe"] == kind and row["extrapolation"] == beyond]
             for name in ("accuracy", "gain") if chosen else ():
-                found[f"probe/{kind}/{name}{suffix}"] = float(np.mean([row[name] for row in chosen]))
-    return found
+                means[f"probe/{kind}/{name}{suffix}"] = float(np.mean([row[name] for row in chosen]))
+    return means

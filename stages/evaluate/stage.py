@@ -1,12 +1,13 @@
 """Held-out loss of a trained model, its perplexity at several context lengths, some of its own text, and benchmarks.
 
-Each part lives in a file of its own: perplexity.py, length_extrapolation.py, probes.py, benchmarks.py.
+Each part is in a file of its own: perplexity.py, length_extrapolation.py, probes.py, benchmarks/.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lazypipe.model.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from lazypipe.stages.evaluate import length_extrapolation, perplexity, probes
 from lazypipe.stages.evaluate.ablation import refuse_uniform
 from lazypipe.stages.evaluate.benchmarks import run as benchmarks
 from lazypipe.stages.evaluate.config import EvaluateConfig
-from lazypipe.stages.evaluate.probe_sequences import refuse_small_vocabulary, usable_tokens
+from lazypipe.stages.evaluate.probe_sequences import Ids, refuse_small_vocabulary, usable_tokens
 from lazypipe.stages.evaluate.token_bytes import byte_scale, token_byte_counts
 from lazypipe.stages.facts import EvaluateFacts, PretrainFacts, TokenizeFacts
 from lazypipe.stages.kernel_check import check_inference_kernels
@@ -42,33 +43,20 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context
     )
     tokenizer_json = corpus.path / "tokenizer" / "tokenizer.json"
     table = token_byte_counts(tokenizer_json, corpus_facts.vocab_size)
-    usable = usable_tokens(shards, table) if config.probes.lengths else None
-    if usable is not None:
-        refuse_small_vocabulary(config.probes, len(usable))
+    usable = probe_tokens(config, shards, table)
     if config.tasks:
         benchmarks.check_tasks(config)
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = load_model(trained.path / "checkpoint", device)
+    checkpoint = load_checked(config, trained.path / "checkpoint", device)
     model = checkpoint.model
-    refuse_baseline(model.config, device)
-    for key, length in config.window_lengths():
-        too_long = model.config.too_long(length)
-        if too_long is not None:
-            raise UserError(f"{key}: {too_long}")
-    if config.ablations:
-        refuse_uniform(model.config)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     preflight = check_inference_kernels(model, dtype)  # a kernel that is wrong on this GPU gives a wrong loss silently
 
     scale = byte_scale(table, shards, corpus_facts.splits["validation"].bytes)
     bytes_of_token = np.multiply(table, scale, dtype=np.float64)
     eos_id = checkpoint.eos_id if training.document_masking else None
-    if eos_id is not None and (config.extrapolation.same_tokens or usable is not None):
-        context.warn(
-            "trained with document_masking, but extrapolation over the same tokens and probes read on across document "
-            "borders: compare them with each other, not with perplexity_at"
-        )
+    if eos_id is not None:
+        warn_of_borders(config, context)
     where = (trained_length, config.batch_tokens, device, context)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         metrics, tokens = perplexity.measure(config, model, shards, bytes_of_token, eos_id, trained_length, context)
@@ -103,6 +91,41 @@ def refuse_missing_windows(shards: TokenShards, lengths: list[tuple[str, int]]) 
                 f"{key} holds {length}, but the validation split has {shards.num_tokens} tokens and one "
                 f"window of {length} needs {length + 1}; drop that length, or raise tokenize.validation_fraction"
             )
+
+
+def probe_tokens(config: EvaluateConfig, shards: TokenShards, table: npt.NDArray[np.int64]) -> Ids | None:
+    """The tokens that probes are made of, None without probes; UserError when they are too few.
+
+    table: bytes of text by token id, int64 [V].
+    """
+    if not config.probes.lengths:
+        return None
+    usable = usable_tokens(shards, table)
+    refuse_small_vocabulary(config.probes, len(usable))
+    return usable
+
+
+def load_checked(config: EvaluateConfig, directory: Path, device: torch.device) -> Checkpoint:
+    """The trained model; UserError where it cannot be computed here, or not what the config asks of it."""
+    checkpoint = load_model(directory, device)
+    model = checkpoint.model.config
+    refuse_baseline(model, device)
+    for key, length in config.window_lengths():
+        too_long = model.too_long(length)
+        if too_long is not None:
+            raise UserError(f"{key}: {too_long}")
+    if config.ablations:
+        refuse_uniform(model)
+    return checkpoint
+
+
+def warn_of_borders(config: EvaluateConfig, context: Context) -> None:
+    """Warn of the parts that do not keep within documents, as a model trained with document_masking does."""
+    if config.extrapolation.same_tokens or config.probes.lengths:
+        context.warn(
+            "trained with document_masking, but extrapolation over the same tokens and probes read on across document "
+            "borders: compare them with each other, not with perplexity_at"
+        )
 
 
 def continue_prompts(config: EvaluateConfig, checkpoint: Checkpoint, tokenizer_json: Path) -> list[dict[str, str]]:
