@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
         threads=1, device="cpu", attempts=[], document_masking=False, nonfinite_steps=0, spikes_skipped=0, kernel=None,
         world_size=1, parallel="replicate", reduction=None, gpu=None, flops_per_token=None, peak_flops="unknown",
     ).to_json()  # fmt: skip
-    return corpus, Artifact(directory / "pretrain", {"facts": facts, "metrics": {}, "config": {}})
+    return corpus, Artifact(directory / "pretrain", {"facts": facts, "metrics": {}, "config": {"seed": 0}})
 
 
 @pytest.fixture(autouse=True)
