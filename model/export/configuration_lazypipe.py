@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 MIXERS = ("standard", "lazy", "mlp", "taylor", "gating", "random_qk", "text_qk", "static_qk")
+SIDE_SEQUENCES = {"random_qk": "random", "text_qk": "text"}  # what their fixed sequence consists of
 
 
 class LazypipeConfig(PretrainedConfig):  # type: ignore[misc]
@@ -62,7 +63,8 @@ class LazypipeConfig(PretrainedConfig):  # type: ignore[misc]
                 f"layer_mixers={self.layer_mixers} for num_hidden_layers={num_hidden_layers}; "
                 f"expected one of {', '.join(MIXERS)} for each layer"
             )
-        if len({"random_qk", "text_qk"} & set(self.layer_mixers)) == 2:
-            raise ValueError("layer_mixers holds random_qk and text_qk; a model has one side sequence")
+        sequences = {SIDE_SEQUENCES[name] for name in self.layer_mixers if name in SIDE_SEQUENCES}
+        if len(sequences) > 1:
+            raise ValueError(f"layer_mixers holds {' and '.join(SIDE_SEQUENCES)}; a model has one side sequence")
         kwargs.pop("head_dim", None)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -26,7 +26,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_lazypipe import LazypipeConfig
+from .configuration_lazypipe import SIDE_SEQUENCES, LazypipeConfig
 
 ROWS = 256  # queries whose weights exist at a time
 CHUNK = 128  # tokens between two states of taylor
@@ -170,7 +170,9 @@ class GatedMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head causal softmax attention (standard, static_qk); the projections all attention-like mixers share."""
+    """Multi-head causal softmax attention (standard); the projections all attention-like mixers share."""
+
+    reads_embeddings = False
 
     def __init__(self, config: LazypipeConfig) -> None:
         super().__init__()
@@ -346,26 +348,46 @@ class SideAttention(Attention):
         return self.join(self.attend(q, k, v, layout))
 
 
+class EmbeddingAttention(Attention):
+    """static_qk: queries and keys of the token embeddings, under the norm of the layer's input."""
+
+    reads_embeddings = True
+
+
+class MlpMixer(GatedMLP):
+    """mlp: no attention."""
+
+    reads_embeddings = False
+
+    def __init__(self, config: LazypipeConfig) -> None:
+        super().__init__(config.hidden_size, config.mixer_intermediate_size)
+
+
+CLASSES: dict[str, type[Attention | MlpMixer]] = {
+    "standard": Attention,
+    "lazy": LazyAttention,
+    "mlp": MlpMixer,
+    "taylor": TaylorAttention,
+    "gating": GatingMixer,
+    "random_qk": SideAttention,
+    "text_qk": SideAttention,
+    "static_qk": EmbeddingAttention,
+}
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: LazypipeConfig, index: int) -> None:
         super().__init__()
-        self.name = config.layer_mixers[index]
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer: nn.Module
-        if self.name == "mlp":
-            self.mixer = GatedMLP(config.hidden_size, config.mixer_intermediate_size)
-        else:
-            kinds = {"lazy": LazyAttention, "taylor": TaylorAttention, "gating": GatingMixer}
-            kinds |= {"random_qk": SideAttention, "text_qk": SideAttention}
-            self.mixer = kinds.get(self.name, Attention)(config)
+        self.mixer = CLASSES[config.layer_mixers[index]](config)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, embeddings: Tensor, inputs: Inputs) -> Tensor:
         normed = self.mixer_norm(x)
-        source = self.mixer_norm(embeddings) if self.name == "static_qk" else normed
+        source = self.mixer_norm(embeddings) if self.mixer.reads_embeddings else normed
         x = x + self.mixer(normed, source, inputs)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
@@ -379,7 +401,7 @@ class SideSequence(nn.Module):
 
     def __init__(self, config: LazypipeConfig) -> None:
         super().__init__()
-        length, random = config.max_position_embeddings, "random_qk" in config.layer_mixers
+        length, random = config.max_position_embeddings, "random" in map(SIDE_SEQUENCES.get, config.layer_mixers)
         self.register_buffer("vectors", torch.zeros(length, config.hidden_size) if random else None)
         self.register_buffer("tokens", None if random else torch.zeros(length, dtype=torch.int64))
 
@@ -400,7 +422,7 @@ class LazypipeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.side_layers = [i for i, name in enumerate(config.layer_mixers) if name in ("random_qk", "text_qk")]
+        self.side_layers = [i for i, name in enumerate(config.layer_mixers) if CLASSES[name] is SideAttention]
         self.side = SideSequence(config) if self.side_layers else None
         self._kept_maps: tuple[object, dict[int, Maps]] | None = None
         self.post_init()
