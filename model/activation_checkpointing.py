@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lazypipe.model.mixers import SideInputs
-from lazypipe.model.mixers.base import TokenMixer
+import lazypipe.kernels  # noqa: F401  (it registers the last two operators of KEPT)
+from lazypipe.model.mixers.base import SideInputs, TokenMixer
 from lazypipe.model.rope import Rope
 
 KEPT = {

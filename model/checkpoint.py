@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lazypipe.model.baselines import BaselineModel
-from lazypipe.model.config import BASELINES, ModelConfig
+from lazypipe.model.baselines import build_model
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -88,8 +88,8 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu", kernel:
         weights = load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is not a readable safetensors file: {error}") from error
-    if config.mixer in BASELINES:  # they hold tensors that are in no checkpoint, so they have to be made
-        model: Transformer = BaselineModel(config, vocab_size)
+    if config.mechanism.whole_model:  # it holds tensors that are in no checkpoint, so they have to be made
+        model = build_model(config, vocab_size)
     else:
         with torch.device("meta"):
             model = Transformer(config, vocab_size, kernel=kernel)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.layers import Embedding
+from lazypipe.model.layers import Draw, Embedding
 
 RANDOM_STD = 0.02  # of the entries of a random sequence, as of fresh token embeddings
 UNSET = -1
@@ -26,8 +26,8 @@ class Maps(NamedTuple):
 class SideSequence(nn.Module):
     """`config.max_seq_len` positions, fixed: random embeddings (random_qk) or tokens of the corpus (text_qk).
 
-    A buffer, so in checkpoints and not in the parameter count. `initialise_weights` draws the random one, pretraining
-    sets the tokens.
+    A buffer, so in checkpoints and not in the parameter count. `initialise` draws the random one, pretraining sets the
+    tokens.
     """
 
     vectors: Tensor | None
@@ -36,10 +36,14 @@ class SideSequence(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.length = config, config.max_seq_len
-        random = config.mixer == "random_qk"
+        random = config.mechanism.side_sequence == "random"
         self.register_buffer("vectors", torch.empty(self.length, config.hidden_size) if random else None)
         self.register_buffer("tokens", None if random else torch.full((self.length,), UNSET, dtype=torch.int64))
         self._kept: tuple[object, dict[int, Maps]] | None = None
+
+    def initialise(self, draw: Draw) -> None:
+        if self.vectors is not None:
+            draw.normal("vectors", RANDOM_STD)
 
     def set_tokens(self, tokens: Tensor) -> None:
         """Take int64 [max_seq_len] as the sequence of text_qk; ValueError for another shape."""

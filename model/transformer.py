@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lazypipe.model.activation_checkpointing import checkpointed
 from lazypipe.model.cache import DecodingState, LayerCache
-from lazypipe.model.config import WITH_SIDE_SEQUENCE, WITHOUT_ATTENTION, ModelConfig
-from lazypipe.model.initialisation import initialise_weights
-from lazypipe.model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from lazypipe.model.mixers import SideInputs, SideQKAttention, build_mixer
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.layers import Embedding, Linear, RMSNorm, SwiGLU, initialise_weights
+from lazypipe.model.mixers.base import SideInputs, TokenMixer, build_mixer
+from lazypipe.model.mixers.registry import mechanism
+from lazypipe.model.mixers.side_qk import SideQKAttention
 from lazypipe.model.packing import Documents
 from lazypipe.model.rope import Rope, rope_tables
 from lazypipe.model.side_sequence import Maps, SideSequence
@@ -97,9 +98,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, index, kernel) for index in range(config.num_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
-        self.side = SideSequence(config) if config.mixer in WITH_SIDE_SEQUENCE else None
+        self.side = None if config.mechanism.side_sequence is None else SideSequence(config)
         if self.embedding.weight.device.type != "meta":
-            initialise_weights(self, config, seed)
+            initialise_weights(self.named_modules(), seed, config.init_std, config.num_layers)
 
     def forward(
         self,
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
     @property
     def attention_layers(self) -> list[int]:
         """The layers, from 0, that have attention weights."""
-        return [index for index, name in enumerate(self.config.layer_mixers) if name not in WITHOUT_ATTENTION]
+        return [index for index, name in enumerate(self.config.layer_mixers) if mechanism(name).has_weights]
 
     @torch.no_grad()
     def statistics_by_layer(
@@ -210,6 +211,11 @@ class Transformer(nn.Module):
             x = layer(x, rope, None, side)
         values = iter(torch.stack([v for pair in found for v in pair if v is not None] or [x.new_zeros(())]).tolist())
         return [(None if a is None else next(values), None if b is None else next(values)) for a, b in found]
+
+    @property
+    def mixers(self) -> list[TokenMixer]:
+        """The token mixer of each layer; none of a baseline."""
+        return [block.mixer for block in self._blocks()]
 
     def _blocks(self) -> Iterator[Block]:
         for layer in self.layers:

@@ -209,7 +209,7 @@ def variants(
     sizes: Annotated[bool, typer.Option("--sizes", help="the papers' model sizes and their parameter counts")] = False,
 ) -> None:
     """The attention mechanisms and layer patterns an experiment file can name; with --sizes the papers' models."""
-    from lazypipe.model.config import BASELINES, MIXERS
+    from lazypipe.model.mixers.registry import BASELINES, MIXERS
     from lazypipe.model.pattern import PATTERNS
 
     if sizes:
@@ -218,17 +218,18 @@ def variants(
         show_sizes(as_json, console())
         return
     if as_json:
-        print(json.dumps({"mixers": MIXERS, "patterns": PATTERNS, "baselines": BASELINES}, indent=1))
+        mixers, baselines = ({name: row.summary for name, row in rows.items()} for rows in (MIXERS, BASELINES))
+        print(json.dumps({"mixers": mixers, "patterns": PATTERNS, "baselines": baselines}, indent=1))
         return
     print("mixer: what takes the place of attention")
-    for name, description in MIXERS.items():
-        print(f"  {name:<14} {description}")
+    for name, row in MIXERS.items():
+        print(f"  {name:<14} {row.summary}")
     print("pattern: which layers keep standard attention (or a list of layers, counted from 1)")
     for name, description in PATTERNS.items():
         print(f"  {name:<14} {description}")
     print("mixer, too: whole models of flash-linear-attention, on CUDA, with the extra `baselines`")
-    for name, description in BASELINES.items():
-        print(f"  {name:<22} {description}")
+    for name, row in BASELINES.items():
+        print(f"  {name:<22} {row.summary}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ import torch
 
 from lazypipe.kernels.api import uses_triton
 from lazypipe.kernels.gpu.preflight import Preflight, PreflightError, inference_preflight
-from lazypipe.model.mixers.lazy import LazyAttention
+from lazypipe.model.mixers.registry import mechanism
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import UserError
 
@@ -18,8 +18,9 @@ def check_inference_kernels(model: Transformer, dtype: torch.dtype) -> Preflight
     shape, dtype and device. UserError when the kernels are off by more than the bound.
     """
     config, device = model.config, model.embedding.weight.device
-    mixers = [mixer for mixer in model.modules() if isinstance(mixer, LazyAttention) and mixer.relative]
-    if not any(uses_triton(mixer.kernel, config.head_dim, dtype, device) for mixer in mixers):
+    layers = zip(config.layer_mixers, model.mixers, strict=False)  # a baseline has no mixers
+    kernels = {mixer.kernel for name, mixer in layers if mechanism(name).has_kernel(config)}
+    if not any(uses_triton(kernel, config.head_dim, dtype, device) for kernel in kernels):
         return None
     try:
         return inference_preflight(

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from lazypipe.model.checkpoint import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, Checkpoint, load_checkpoint
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.registry import MECHANISMS, STANDARD
 from lazypipe.model.transformer import count_parameters
 
-EXPORTED_MIXERS = ("standard", "lazy", "mlp", "taylor", "gating", "random_qk", "text_qk", "static_qk")
 # What the modelling file knows of a ModelConfig. Any other field that is not at its default makes another model.
 EXPORTED_FIELDS = frozenset(
     {
@@ -43,17 +43,8 @@ EXPORTED_FIELDS = frozenset(
     }
 )
 # Where training started, and fields of mixers that are not exported: they say nothing about these weights.
-WITHOUT_EFFECT = frozenset(
-    {
-        "init_std",
-        "tau_init",
-        "bias_init_std",
-        "sigmoid_bias",
-        "sigmoid_bias_learnable",
-        "swa_window",
-        "swa_sink_tokens",
-        "stick_breaking_remainder",
-    }
+WITHOUT_EFFECT = frozenset({"init_std", "tau_init", "bias_init_std"}).union(
+    *(row.fields for row in MECHANISMS.values() if not row.exportable)
 )
 CODE = Path(__file__).parent
 CODE_FILES = ("configuration_lazypipe.py", "modeling_lazypipe.py")
@@ -121,10 +112,11 @@ def _model_config(directory: Path) -> dict[str, Any]:
 
 def _check_config(fields: Mapping[str, Any]) -> None:
     """Refuse what the modelling file does not compute, whatever fields future versions add."""
-    mixer = fields.get("mixer", "standard")
-    if mixer not in EXPORTED_MIXERS:
+    mixer = fields.get("mixer", STANDARD)
+    exportable = [name for name, row in MECHANISMS.items() if row.exportable]
+    if mixer not in exportable:
         raise ExportError(
-            f"model.mixer={mixer} cannot be exported; the exported modelling file knows {', '.join(EXPORTED_MIXERS)}"
+            f"model.mixer={mixer} cannot be exported; the exported modelling file knows {', '.join(exportable)}"
         )
     for name, value in fields.items():
         known = ModelConfig.model_fields.get(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lazypipe.model.cache import KVCache, LayerCache
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.layers import Linear, RMSNorm
+from lazypipe.model.mixers.registry import mechanism
 from lazypipe.model.packing import Documents, first_key_mass, weight_rows
 from lazypipe.model.rope import Rope, apply_rope
 
@@ -54,13 +55,18 @@ class TokenMixer(nn.Module):
 
     `rope` holds the tables of exactly the L positions of x; `side` may be left out where a mixer reads nothing of it.
     With `side.documents` x is one packed row: positions restart with each document, and nothing is mixed across.
-    The projection back into the residual stream is a Linear named `o_proj`, or `down_proj` in a mixer that is an MLP
-    (their initialisation is scaled down with depth).
+    The projection back into the residual stream is a Linear with into_residual (its initialisation is scaled down with
+    depth). A mixer with parameters of its own fills them in a method `initialise(draw)` (see `layers.Draw`).
     """
 
     reads_embeddings: ClassVar[bool] = False
     reads_side_sequence: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False  # of the attention layer below
+
+    kernel: str = "auto"  # backend of lazypipe.kernels, for a mixer that one of them computes
+
+    undecayed: ClassVar[tuple[str, ...]] = ()  # names of own parameters that AdamW does not decay
+    own_rate: ClassVar[tuple[str, ...]] = ()  # those of them that learn at lr * pretrain.tau_bias_lr_multiplier
 
     @abstractmethod
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
@@ -92,6 +98,10 @@ class TokenMixer(nn.Module):
         rows = self.attention_rows(x, rope, STATISTICS_ROWS, side)
         return self.sparsity(x, rope, side), None if rows is None else first_key_mass(rows, documents_of(side))
 
+    def tau_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """What it has learned of Lazy Attention's tau [H] or [1] and distance bias [H, W]."""
+        return None, None
+
 
 class ProjectedMixer(TokenMixer):
     """The projections multi-head mixers share: queries, keys and values of the heads, and the way back.
@@ -107,7 +117,7 @@ class ProjectedMixer(TokenMixer):
         self.q_proj = Linear(config.hidden_size, self.num_heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, into_residual=True)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -197,3 +207,16 @@ class AttentionMixer(ProjectedMixer):
         with torch.autocast(q.device.type, enabled=False):
             scores: Tensor = (q.float() * self.scale) @ keys.transpose(-1, -2)
         return scores
+
+
+def build_mixer(config: ModelConfig, name: str, kernel: str = "auto") -> TokenMixer:
+    """The token mixer of one layer, uninitialised. kernel: backend of a mixer that lazypipe.kernels computes.
+
+    Raises ValueError for a baseline, which is no mixer.
+    """
+    row = mechanism(name)
+    if row.whole_model:
+        raise ValueError(f"{name} is a whole model and no mixer; build it with lazypipe.model.baselines.build_model")
+    mixer: TokenMixer = row.load()(config)
+    mixer.kernel = kernel
+    return mixer

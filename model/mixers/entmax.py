@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lazypipe.model.costs import QUERY_ROWS
 from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import RowwiseAttention, zero_share
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.rope import Rope

@@ -1,12 +1,15 @@
 """Lazy Attention (arXiv 2601.00919): RoPE and a learnable distance bias, then Elastic-Softmax."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from lazypipe.kernels import lazy_attention
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.costs import QUERY_ROWS
+from lazypipe.model.layers import Draw
 from lazypipe.model.mixers.base import AttentionMixer, SideInputs, documents_of
+from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import in_query_blocks, zero_share
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.packing import Documents, first_keys, visible_keys
@@ -18,21 +21,34 @@ class LazyAttention(AttentionMixer):
     s_ij = q_i . k_j / sqrt(D) + bias[i - j], the bias up to distance W - 1.
 
     bias [H, W] and tau [H] stay float32 under autocast: at learning rate 1e-3 their updates vanish in bfloat16.
-    `kernel` is the backend of `kernels.lazy_attention`.
+    `kernel` is the backend of `lazypipe.kernels.lazy_attention`.
 
     Ablations (fields of the configuration): without the bias; q and k unrotated; without Elastic-Softmax, tau = 0; one
     tau [1] for all heads; a constant threshold, max(softmax_j(s_ij) + tau, 0), for which there is no kernel: its rows
     are formed by torch, a block of queries at a time. What is ablated is None and no parameter.
     """
 
-    def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
+    # The bias [H, W] is a matrix in shape only: decay would pull every distance towards no preference.
+    undecayed: ClassVar[tuple[str, ...]] = ("tau", "bias")
+    own_rate: ClassVar[tuple[str, ...]] = ("tau", "bias")
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.kernel = kernel
+        self.tau_init, self.bias_init_std = config.tau_init, config.bias_init_std
         self.rotates, self.relative = config.lazy_rope, config.lazy_threshold == "relative"
         biases = (config.num_heads, config.max_bias_length)
         self.bias = nn.Parameter(torch.empty(biases, dtype=torch.float32)) if config.lazy_bias else None
         taus = 1 if config.lazy_tau_scope == "layer" else config.num_heads
         self.tau = nn.Parameter(torch.empty(taus, dtype=torch.float32)) if config.lazy_elastic else None
+
+    def initialise(self, draw: Draw) -> None:
+        if self.bias is not None:
+            draw.normal("bias", self.bias_init_std)
+        if self.tau is not None:
+            draw.constant("tau", self.tau_init)
+
+    def tau_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.tau, self.bias
 
     def queries_and_keys(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor, Tensor]:
         return super().queries_and_keys(x, rope, side) if self.rotates else self.unrotated(x)

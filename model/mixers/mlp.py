@@ -21,7 +21,7 @@ class MlpMixer(TokenMixer):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.mlp_mixer_size)
         self.up_proj = Linear(config.hidden_size, config.mlp_mixer_size)
-        self.down_proj = Linear(config.mlp_mixer_size, config.hidden_size)
+        self.down_proj = Linear(config.mlp_mixer_size, config.hidden_size, into_residual=True)
 
     def forward(
         self,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lazypipe.model.costs import QUERY_ROWS
 from lazypipe.model.mixers.base import AttentionMixer
+from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.packing import Documents
 
 

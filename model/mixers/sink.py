@@ -1,9 +1,12 @@
 """Softmax with a learned sink per head (gpt-oss, 2025): a head learns how readily it attends to nothing."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.layers import Draw
 from lazypipe.model.mixers.base import AttentionMixer, SideInputs
 from lazypipe.model.mixers.null_key import attend_with_null_key, weights_beside_null_key
 
@@ -14,9 +17,14 @@ class SinkAttention(AttentionMixer):
     sink [H] stays float32 under autocast and starts at 0, where the mixer equals softmax1.
     """
 
+    undecayed: ClassVar[tuple[str, ...]] = ("sink",)  # decay would pull every head to softmax1
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.sink = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+
+    def initialise(self, draw: Draw) -> None:
+        draw.constant("sink", 0.0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_with_null_key(q, k, v, self.scale, self.sink)

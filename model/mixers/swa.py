@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.costs import QUERY_ROWS
 from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import zero_share
 from lazypipe.model.mixers.standard import StandardAttention
 from lazypipe.model.rope import Rope

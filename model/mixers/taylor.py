@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lazypipe.model.cache import LayerCache, RecurrentState
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM
 from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM, taylor_features
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.rope import Rope
 
@@ -26,7 +26,7 @@ class TaylorAttention(AttentionMixer):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.features = 1 + self.head_dim + self.head_dim * (self.head_dim + 1) // 2
+        self.features = taylor_features(config)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
         if cache is None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.registry import STANDARD
 from lazypipe.model.transformer import Transformer
 from lazypipe.pipeline.bench.options import Parser, check_at_least, check_writable, exit_code
 from lazypipe.pipeline.bench.timing import interleaved, timed
@@ -34,7 +35,7 @@ def to_llama(model: Transformer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    if set(config.layer_mixers) != {"standard"} or config.qk_norm:
+    if set(config.layer_mixers) != {STANDARD} or config.qk_norm:
         raise UserError(f"mixer={config.mixer}: only a model of standard attention without qk_norm is a Llama")
     llama: Any = LlamaForCausalLM(
         LlamaConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel
 
@@ -48,10 +48,13 @@ def reference() -> Iterator[str]:
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 continue  # `model` inside PretrainConfig is the section of its own
             extra = field.json_schema_extra
-            operational = isinstance(extra, dict) and extra.get("identity") is False
+            extra = extra if isinstance(extra, dict) else {}
+            operational = extra.get("identity") is False
+            choices = extra.get("choices")
+            kind = _choices(choices) if isinstance(choices, list) else _type(field.annotation)
             meaning = f"{field.description}{' *(operational)*' if operational else ''}"
             default = "required" if field.is_required() else f"`{_shown(field.default)}`"
-            yield f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |"
+            yield f"| `{name}` | {kind} | {default} | {meaning} |"
         yield ""
 
 
@@ -63,10 +66,14 @@ def _shown(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _choices(values: Iterable[object]) -> str:
+    return " \\| ".join(f"`{value}`" for value in values)
+
+
 def _type(annotation: object) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return " \\| ".join(f"`{a}`" for a in arguments)
+        return _choices(arguments)
     if origin in (typing.Union, types.UnionType):
         if any(isinstance(a, type) and issubclass(a, BaseModel) for a in arguments):
             return "see below"

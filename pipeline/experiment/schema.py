@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from lazypipe.model.config import BASELINES, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.document import Document, read_document
 from lazypipe.pipeline.experiment.old_keys import with_new_keys
 from lazypipe.pipeline.experiment.resources import StageResources, WorkerResources, resources_model
@@ -150,7 +150,7 @@ def _refuse_baselines_without_gpus(experiment: Experiment) -> None:
                 needs[f"{key}.gpus"] = asked.gpus
     for name, model in models(experiment).items():
         for key, gpus in needs.items():
-            if model.mixer in BASELINES and gpus == 0:
+            if model.mechanism.whole_model and gpus == 0:
                 raise UserError(
                     f"variants.{name}.mixer={model.mixer} is a model of flash-linear-attention and runs on CUDA GPUs "
                     f"only, but {key} is 0; set it to 1 on a machine or cluster with GPUs, or leave the variant out "

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lazypipe.model.config import BASELINES
+from lazypipe.model.mixers.registry import STANDARD, mechanism
 from lazypipe.model.sizes import SIZES, size_row
 from lazypipe.pipeline.experiment.resources import WorkerResources
 from lazypipe.pipeline.experiment.schema import Experiment, id_of_node, models
@@ -48,7 +48,7 @@ def cost_rows(experiment: Experiment, vocab: Vocabulary | None) -> list[dict[str
                 {"variant": name, **row.models.costs(experiment.configs[id_of_node(row, name)], vocab, workers)}
             )
     trained = list(models(experiment).values())
-    reference = next((number for number, model in enumerate(trained) if set(model.layer_mixers) == {"standard"}), 0)
+    reference = next((number for number, model in enumerate(trained) if set(model.layer_mixers) == {STANDARD}), 0)
     for costs, model in zip(rows, trained, strict=True):
         if model.tie_embeddings == trained[reference].tie_embeddings:  # then the vocabulary cancels
             costs["difference"] = costs["non_embedding_parameters"] - rows[reference]["non_embedding_parameters"]
@@ -93,7 +93,7 @@ def show_costs(rows: list[dict[str, Any]], console: Console) -> None:
         "FLOPs: forward and backward, matrix products, attention over all pairs of a window",
         f"memory: of one training worker, an upper estimate, in {unit}",
     ]
-    baselines = [row["variant"] for row in rows if row["mixer"] in BASELINES]
+    baselines = [row["variant"] for row in rows if mechanism(row["mixer"]).whole_model]
     if baselines:
         lines.append(
             f"{', '.join(baselines)}: the numbers of the standard model that a baseline is matched to, not its own"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lazypipe.model.cache import RecurrentState
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.mixers.base import TokenMixer
+from lazypipe.model.mixers.registry import STANDARD
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import UserError
 from lazypipe.stages.evaluate.config import Ablation
@@ -53,7 +54,7 @@ def ablated(model: Transformer, ablation: Ablation) -> Iterator[Transformer]:
     refuse_uniform(model.config)
     mixers = model.config.layer_mixers
     whole, side = model.layers, model.side
-    others = [layer for layer, mixer in zip(whole, mixers, strict=True) if mixer != "standard"]
+    others = [layer for layer, mixer in zip(whole, mixers, strict=True) if mixer != STANDARD]
     taken = [layer.mixer for layer in others]
     try:
         model.side = None  # only the mixers that are gone read the side sequence

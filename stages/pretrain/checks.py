@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from lazypipe.kernels.gpu import preflight
-from lazypipe.model.config import BASELINE_PACKAGE, BASELINES, ModelConfig
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.registry import MECHANISMS, mechanism
 from lazypipe.stages.contract import UserError, Warn
 from lazypipe.stages.pretrain.config import PretrainConfig
 
@@ -34,11 +35,13 @@ def warn_of_settings(config: PretrainConfig, world_size: int = 1, warn: Warn = w
         value = getattr(config, name)
         if config.schedule not in schedules and value != type(config).model_fields[name].default:
             warn(f"{name}={value:g} has no effect with schedule={config.schedule}")
-    if config.model.mixer != "lazy" and config.model.changed_lazy_switches:
-        warn(
-            f"{', '.join(config.model.changed_lazy_switches)}: ablations of Lazy Attention, which "
-            f"mixer={config.model.mixer} is not; they change nothing"
-        )
+    for row in MECHANISMS.values():
+        changed = config.model.changed(row.ablations)
+        if changed and row is not config.model.mechanism:
+            warn(
+                f"{', '.join(changed)}: ablations of mixer={row.name}; they change nothing in "
+                f"mixer={config.model.mixer}"
+            )
     if config.spike_sigma is None and config.spike_window != type(config).model_fields["spike_window"].default:
         warn(f"spike_window={config.spike_window} has no effect without spike_sigma")
     if config.tau_bias_lr_multiplier != 1 and not config.tau_bias_apart:
@@ -46,22 +49,22 @@ def warn_of_settings(config: PretrainConfig, world_size: int = 1, warn: Warn = w
             f"tau_bias_lr_multiplier={config.tau_bias_lr_multiplier:g} is for tau and the distance bias of Lazy "
             "Attention, of which this model has none"
         )
-    if config.activation_checkpointing != "none" and config.model.mixer in BASELINES:
+    if config.activation_checkpointing != "none" and config.model.mechanism.whole_model:
         warn(
             f"activation_checkpointing={config.activation_checkpointing} is for blocks of our own; "
             f"mixer={config.model.mixer} trains without"
         )
-    if config.compile and config.model.mixer in BASELINES:
+    if config.compile and config.model.mechanism.whole_model:
         warn(f"compile=true is for blocks of our own; mixer={config.model.mixer} trains without")
     elif config.compile and (uncompiled := _uncompiled_mixers(config)):
         warn(
             f"compile=true has no effect on layers of {', '.join(uncompiled)} with document_masking and "
             f"activation_checkpointing={config.activation_checkpointing}; leave out one of the three"
         )
-    if config.sink_balance and config.model.mixer != "sink":
+    if config.sink_balance and not config.model.mechanism.sink_logit:
         warn(
-            f"sink_balance={config.sink_balance:g} balances the sinks of mixer=sink; mixer={config.model.mixer} has "
-            "none, and trains without"
+            f"sink_balance={config.sink_balance:g} balances learned sink logits; mixer={config.model.mixer} has none, "
+            "and trains without"
         )
 
 
@@ -69,7 +72,7 @@ def _uncompiled_mixers(config: PretrainConfig) -> list[str]:
     """Mechanisms that take packed documents apart in Python, which torch cannot compile inside a checkpoint."""
     if not config.document_masking or config.activation_checkpointing == "none":
         return []
-    return sorted(set(config.model.layer_mixers) - ({"mlp", "lazy"} if _has_lazy_kernel(config.model) else {"mlp"}))
+    return sorted({name for name in config.model.layer_mixers if not mechanism(name).compiles_packed(config.model)})
 
 
 def check_compiler(device: torch.device) -> None:
@@ -105,13 +108,5 @@ def check_kernels(model: ModelConfig, kernel: str, dtype: str, device: torch.dev
 
 
 def kernel_used(model: ModelConfig, kernel: str) -> str:
-    """What the mixer computes with: the backend asked for (lazy), sdpa (standard), fla (baselines), or torch."""
-    if _has_lazy_kernel(model):
-        return kernel
-    if model.mixer in BASELINES:
-        return BASELINE_PACKAGE
-    return "sdpa" if model.mixer == "standard" else "torch"
-
-
-def _has_lazy_kernel(model: ModelConfig) -> bool:
-    return model.mixer == "lazy" and model.lazy_threshold == "relative"
+    """What the mixer computes with: the backend asked for, where it has a kernel, else sdpa, torch or a package."""
+    return kernel if model.mechanism.has_kernel(model) else model.mechanism.computed_by

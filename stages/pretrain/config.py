@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lazypipe.model.config import BASELINES, WITH_SIDE_SEQUENCE, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.stages.config import StageConfig, operational
 
 
@@ -116,19 +116,20 @@ class PretrainConfig(StageConfig):
                 f"{self.decay_steps} steps of decay, needs {self.warmup_steps + self.decay_steps} steps, but "
                 f"steps={self.steps}; lower warmup_steps or decay_fraction"
             )
-        if self.document_masking and self.model.mixer == "mamba2":
+        if self.document_masking and not self.model.mechanism.packs_documents:
             raise ValueError(
-                "document_masking=true does not go with mixer=mamba2, which carries its state across packed documents; "
-                "set document_masking: false in this variant"
+                f"document_masking=true does not go with mixer={self.model.mixer}, which carries its state across "
+                "packed documents; set document_masking: false in this variant"
             )
-        if self.parallel == "fsdp" and (self.model.mixer in BASELINES or self.model.mixer in WITH_SIDE_SEQUENCE):
+        if self.parallel == "fsdp" and not self.model.mechanism.shardable:
             raise ValueError(
                 f"parallel=fsdp shards block by block, which does not go with mixer={self.model.mixer}: baselines are "
                 "not made of our blocks, and a side sequence passes through blocks out of their turn; set "
                 "parallel: replicate in this variant"
             )
-        if self.parallel == "fsdp" and (self.model.mixer == "elliptical" or self.sink_balance):
-            found = "mixer=elliptical" if self.model.mixer == "elliptical" else f"sink_balance={self.sink_balance:g}"
+        if self.parallel == "fsdp" and (self.model.mechanism.reads_values or self.sink_balance):
+            reads_values = self.model.mechanism.reads_values
+            found = f"mixer={self.model.mixer}" if reads_values else f"sink_balance={self.sink_balance:g}"
             raise ValueError(
                 f"parallel=fsdp does not go with {found}: FSDP2 hands each block a copy of what blocks pass on beside "
                 "the residual stream; set parallel: replicate in this variant"
@@ -143,13 +144,13 @@ class PretrainConfig(StageConfig):
     @property
     def tau_bias_apart(self) -> bool:
         """Whether tau and the distance bias learn at a rate of their own."""
-        learned = self.model.mixer == "lazy" and (self.model.lazy_bias or self.model.lazy_elastic)
-        return learned and self.tau_bias_lr_multiplier != 1
+        row = self.model.mechanism
+        return (row.has_tau(self.model) or row.has_bias(self.model)) and self.tau_bias_lr_multiplier != 1
 
     @property
     def balances_sinks(self) -> bool:
-        """Whether the head-balance loss of `sink` is part of the objective."""
-        return self.sink_balance > 0 and self.model.mixer == "sink"
+        """Whether the head-balance loss is part of the objective."""
+        return self.sink_balance > 0 and self.model.mechanism.sink_logit
 
     @property
     def micro_batches_per_step(self) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lazypipe.model.config import BASELINES
+from lazypipe.model.mixers.registry import mechanism
 from lazypipe.stages.contract import UserError, Warn
 from lazypipe.stages.pretrain.config import PretrainConfig
 
@@ -31,7 +31,7 @@ def deterministic(asked: bool, mixer: str, warn: Warn) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         prepare_cublas(os.environ, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-    if mixer in BASELINES:
+    if mechanism(mixer).whole_model:
         warn(
             f"deterministic=true: whether the kernels of mixer={mixer} repeat themselves is up to "
             "flash-linear-attention"

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from lazypipe.model.config import BASELINES, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.costs import training_flops_per_token
 
 UNKNOWN = "unknown"
@@ -115,7 +115,7 @@ def machine_of(
     torch.cuda.reset_peak_memory_stats(device)
     name = torch.cuda.get_device_name(device)
     # A baseline's own operations are not counted: model/costs.py knows the standard model it is matched to.
-    peak = None if model.mixer in BASELINES else peak_flops(name, matrix_precision(dtype))
+    peak = None if model.mechanism.whole_model else peak_flops(name, matrix_precision(dtype))
     return Machine(name, workers, flops, peak)
 
 

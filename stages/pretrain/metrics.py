@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lazypipe.model.config import BASELINES, ModelConfig
-from lazypipe.model.mixers.lazy import LazyAttention
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.data.batches import document_borders
 from lazypipe.stages.pretrain.hardware import Machine, peak_memory_gb
@@ -70,9 +69,9 @@ def run_metrics(machine: Machine, tokens: int, seconds: float, waited: float, de
 def thresholds_by_layer(model: Transformer) -> dict[str, float]:
     """tau/layer_<i>, mean over heads, of the layers of Lazy Attention that have thresholds."""
     return {
-        f"tau/layer_{index}": layer.mixer.tau.mean().item()
-        for index, layer in enumerate(model.layers)
-        if isinstance(layer.mixer, LazyAttention) and layer.mixer.tau is not None
+        f"tau/layer_{index}": tau.mean().item()
+        for index, mixer in enumerate(model.mixers)
+        if (tau := mixer.tau_and_bias()[0]) is not None
     }
 
 
@@ -82,7 +81,7 @@ def attention_by_layer(model: Transformer, windows: npt.NDArray[np.int64], eos_i
 
     eos_id: with it attention stays within documents. {} of a baseline, which has no weights.
     """
-    if model.config.mixer in BASELINES:
+    if model.config.mechanism.whole_model:
         return {}
     tokens = torch.from_numpy(windows[:, :-1]).to(model.embedding.weight.device)
     if eos_id is None:
@@ -100,8 +99,8 @@ def attention_by_layer(model: Transformer, windows: npt.NDArray[np.int64], eos_i
 
 def means_over_layers(by_layer: dict[str, float], model: ModelConfig) -> dict[str, float | None]:
     """Columns of the history table, null where not measured: sink, and of a lazy model tau_mean and sparsity."""
-    columns = [] if model.mixer in BASELINES else [("sink", "sink/")]
-    if model.mixer == "lazy" and model.lazy_elastic:
+    columns = [] if model.mechanism.whole_model else [("sink", "sink/")]
+    if model.mechanism.has_tau(model):
         columns += [("tau_mean", "tau/"), ("sparsity", "sparsity/")]
     means: dict[str, float | None] = {}
     for column, prefix in columns:

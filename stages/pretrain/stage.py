@@ -132,7 +132,8 @@ def model_to_train(
     config: PretrainConfig, vocab_size: int, train: TokenShards, device: torch.device, world_size: int
 ) -> Transformer:
     """The model of `config`, initialised, on `device`, sharded and compiled as the config says."""
-    side_text = first_tokens(train, config.model.max_seq_len) if config.model.mixer == "text_qk" else None
+    takes_text = config.model.mechanism.side_sequence == "text"
+    side_text = first_tokens(train, config.model.max_seq_len) if takes_text else None
     model = build_model(config.model, vocab_size, config.seed, config.kernel)
     if model.side is not None and side_text is not None:
         model.side.set_tokens(torch.from_numpy(side_text))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazypipe.model.config import LAZY_SWITCHES, ModelConfig
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.registry import MECHANISMS, STANDARD
 from lazypipe.stages.metrics import VALIDATION_LOSS
 from lazypipe.stages.report.claims import Claim, Key, OurModel, PublishedModel, claims
 from lazypipe.stages.report.rows import VariantRow, pattern_name
@@ -97,13 +98,14 @@ def beside_published(
 
 
 def first_recipes(rows: Sequence[VariantRow], recipes: Sequence[Mapping[str, Any]]) -> list[VariantRow]:
-    """The rows of the first recipe of every mixer and pattern, in all its seeds; no ablation of Lazy Attention."""
-    defaults = {switch: ModelConfig.model_fields[switch].default for switch in LAZY_SWITCHES}
+    """The rows of the first recipe of every mixer and pattern, in all its seeds; no ablation of a mechanism."""
     first: dict[Key, str] = {}
     kept = []
     for row, recipe in zip(rows, recipes, strict=True):
         model = recipe.get("model", {})
-        if row.mixer_name == "lazy" and any(model.get(name, value) != value for name, value in defaults.items()):
+        known = MECHANISMS.get(str(row.mixer_name))
+        defaults = {name: ModelConfig.model_fields[name].default for name in (known.ablations if known else ())}
+        if any(model.get(name, value) != value for name, value in defaults.items()):
             continue
         rest = without_seed(recipe)
         if first.setdefault(_key(row), rest) == rest:
@@ -136,7 +138,7 @@ def by_mixer_and_pattern(rows: Sequence[VariantRow]) -> dict[Key, OurModel]:
 
 def _key(row: VariantRow) -> Key:
     mixer = str(row.mixer_name)
-    return mixer, "uniform" if mixer == "standard" else pattern_name(row.pattern)
+    return mixer, "uniform" if mixer == STANDARD else pattern_name(row.pattern)
 
 
 def _mean(rows: Sequence[VariantRow], name: str) -> float | None:

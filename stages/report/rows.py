@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
+from lazypipe.model.mixers.registry import STANDARD
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.facts import EvaluateFacts, Pattern, PretrainFacts, SparsityFacts
 from lazypipe.stages.metrics import PRETRAIN, TRAINING_LOSS, Metric
@@ -136,7 +137,7 @@ def variant_row(variant: Variant) -> VariantRow:
 
 def mixer_and_pattern(facts: SparsityFacts) -> str:
     """'lazy', or for a hybrid 'lazy, standard in even' and 'lazy, standard in 1 4'; of a standard model 'standard'."""
-    if facts.mixer == "standard" or facts.pattern == "uniform":
+    if facts.mixer == STANDARD or facts.pattern == "uniform":
         return facts.mixer
     return f"{facts.mixer}, standard in {pattern_name(facts.pattern)}"
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lazypipe.model.mixers.registry import STANDARD
 from lazypipe.stages.contract import Artifact, Context, Outputs
 from lazypipe.stages.facts import ReportFacts
 from lazypipe.stages.metrics import PERPLEXITY_AT, reported
@@ -74,7 +75,7 @@ def make_report(config: ReportConfig, inputs: Mapping[str, Artifact], variants: 
 def comparison(title: str, tokenize: Artifact, variants: Sequence[Variant]) -> Report:
     """The rows and columns of a report. The reference is the first standard variant, else the first."""
     rows = [variant_row(variant) for variant in variants]
-    reference = next((row for row in rows if row.mixer == "standard"), rows[0])
+    reference = next((row for row in rows if row.mixer == STANDARD), rows[0])
     if reference.parameters is not None:
         base = reference.parameters
         rows = [

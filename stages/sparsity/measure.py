@@ -13,7 +13,6 @@ from torch import Tensor
 from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import Checkpoint
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.lazy import LazyAttention
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Context, Interrupted
 from lazypipe.stages.data.batches import read_window
@@ -141,13 +140,12 @@ def lazy_parameters(model: Transformer) -> tuple[Array | None, Array | None]:
     config = model.config
     taus = np.full((config.num_layers, config.num_heads), np.nan)
     biases = np.full((*taus.shape, config.max_bias_length), np.nan)
-    for index, layer in enumerate(model.layers):
-        mixer = layer.get_submodule("mixer")
-        if isinstance(mixer, LazyAttention):
-            if mixer.tau is not None:
-                taus[index] = mixer.tau.detach().double().cpu().numpy()
-            if mixer.bias is not None:
-                biases[index] = mixer.bias.detach().double().cpu().numpy()
+    for index, mixer in enumerate(model.mixers):
+        tau, bias = mixer.tau_and_bias()
+        if tau is not None:
+            taus[index] = tau.detach().double().cpu().numpy()
+        if bias is not None:
+            biases[index] = bias.detach().double().cpu().numpy()
     return (None if np.isnan(taus).all() else taus), (None if np.isnan(biases).all() else biases)
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lazypipe.model.config import MIXERS, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.costs import training_memory
 from lazypipe.model.loss import head_balance, next_token_losses
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from tests.model.peak_memory import needs_linux, peak_mib
 from tests.model.tiny_model import awake, some_tokens, tiny

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,14 @@ import pytest
 import torch
 
 from lazypipe.model.baselines import (
-    CLASSES,
     BaselineError,
     BaselineModel,
     build_model,
     check_baseline,
-    matched_settings,
 )
 from lazypipe.model.checkpoint import load_checkpoint, save_checkpoint
-from lazypipe.model.config import BASELINES, ModelConfig, parameter_count
+from lazypipe.model.config import ModelConfig, parameter_count
+from lazypipe.model.mixers.registry import BASELINES, MECHANISMS
 from lazypipe.model.transformer import Transformer, count_parameters
 from tests.baselines_package import import_baselines_package
 
@@ -62,7 +62,7 @@ def test_a_baseline_has_the_size_of_the_standard_model(mixer: str, size: str, ti
     bound = 0.6 / (2 * layers) if mixer == "mamba2" else 0.002
     assert abs(non_embedding / expected_blocks - 1) < bound
     assert parameter_count(config, 32_000) == expected
-    settings = matched_settings(config)
+    settings = config.mechanism.load().matched_settings(config)
     assert (settings["hidden_size"], settings["norm_eps"]) == (hidden, config.norm_eps)
 
 
@@ -72,12 +72,12 @@ def test_a_checkpoint_comes_back_and_no_seed_is_shared(tmp_path: Path, mixer: st
     before = torch.get_rng_state()
     model = build_model(small(mixer, tie_embeddings=tie), 19, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert type(model) is BaselineModel
-    assert type(model.get_submodule("backbone")).__name__ == CLASSES[mixer][1]
+    assert isinstance(model, BaselineModel)
+    assert type(model.get_submodule("backbone")).__name__ == model.model_class
     again, other = (build_model(model.config, 19, seed=seed).state_dict() for seed in (3, 4))
     save_checkpoint(tmp_path, model, 0, None)
     loaded = load_checkpoint(tmp_path).model
-    assert type(loaded) is BaselineModel and not loaded.training
+    assert type(loaded) is type(model) and not loaded.training
     buffers = dict(model.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in loaded.named_buffers())
     for name, value in model.state_dict().items():
@@ -129,7 +129,7 @@ def test_borders_are_checked_and_reach_the_package_on_the_device_of_the_tokens(
 
 
 def test_without_package_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
+    monkeypatch.setitem(MECHANISMS, "gla", replace(MECHANISMS["gla"], package="a_package_nobody_has"))
     for call in (lambda: build_model(small("gla"), 19), lambda: check_baseline(small("gla"), torch.device("cuda"))):
         with pytest.raises(BaselineError, match=r"mixer=gla .* pip install 'lazypipe\[baselines\]'"):
             call()

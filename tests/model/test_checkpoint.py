@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lazypipe.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from lazypipe.model.config import MIXERS, ModelConfig
+from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from tests.model.tiny_model import with_side_text
 

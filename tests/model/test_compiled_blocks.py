@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lazypipe.model.config import MIXERS
+from lazypipe.model.mixers.registry import MIXERS
 from tests.model.test_activation_checkpointing import gradients
 from tests.model.tiny_model import awake, tiny
 

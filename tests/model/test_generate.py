@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from lazypipe.model.config import MIXERS, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.generate import generate, generate_all, nucleus, steps
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from tests.model.tiny_model import with_side_text
 

@@ -13,15 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from lazypipe.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from lazypipe.model.config import MIXERS, WITH_SIDE_SEQUENCE, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.export.export import (
     EXPORTED_FIELDS,
-    EXPORTED_MIXERS,
     WITHOUT_EFFECT,
     ExportError,
     export_huggingface,
 )
 from lazypipe.model.generate import generate
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
 
@@ -31,7 +31,8 @@ SHAPES = {
     "uniform": {"num_layers": 3},
     "even": {"num_layers": 4, "pattern": "even", "tie_embeddings": False, "num_kv_heads": 2, "qk_norm": True},
 }
-CASES = [f"{mixer}-{shape}" for mixer in EXPORTED_MIXERS for shape in SHAPES if (mixer, shape) != ("standard", "even")]
+EXPORTED = [mixer for mixer, row in MIXERS.items() if row.exportable]
+CASES = [f"{mixer}-{shape}" for mixer in EXPORTED for shape in SHAPES if (mixer, shape) != ("standard", "even")]
 LONG = 300  # beyond max_seq_len = 32, W = 8, the 63 tokens from which taylor uses its state, a block of 256 queries
 
 
@@ -49,7 +50,7 @@ def inputs_of(config: ModelConfig) -> dict[str, Tensor]:
     lengths = torch.tensor([4, 9, 12])
     places = torch.arange(12)
     mask = (places >= 12 - lengths[:, None]).long()
-    length = config.max_seq_len if config.mixer in WITH_SIDE_SEQUENCE else LONG
+    length = config.max_seq_len if config.mechanism.side_sequence else LONG
     long, padding = some_tokens(3, length, seed=4), torch.tensor([0, 5, 9])[:, None]
     left = (torch.arange(length) >= padding).long()
     return {
@@ -178,7 +179,7 @@ def test_the_tokenizer_encodes_what_the_model_was_trained_on(tmp_path: Path) -> 
     ]
 
 
-@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer not in EXPORTED_MIXERS])
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer not in EXPORTED])
 def test_other_mixers_are_refused_with_the_names_of_the_eight(tmp_path: Path, mixer: str) -> None:
     save_checkpoint(tmp_path / "checkpoint", Transformer(tiny(mixer), VOCAB), EOS, None)
     with pytest.raises(ExportError, match=f"model.mixer={mixer} .* standard, lazy, mlp, taylor, gating, random_qk"):

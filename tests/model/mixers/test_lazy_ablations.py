@@ -42,7 +42,8 @@ ADDED = {  # parameters per layer beside those of standard attention: 4 heads, W
 def mixer_of(kernel: str = "blockwise", **fields: object) -> LazyAttention:
     """W = 5, tau of both signs (constant: within the range of weights), a bias of a few units."""
     shape = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "mixer": "lazy", "max_bias_length": 5}
-    mixer = LazyAttention(ModelConfig.model_validate({**shape, **fields}), kernel)
+    mixer = LazyAttention(ModelConfig.model_validate({**shape, **fields}))
+    mixer.kernel = kernel
     with torch.no_grad():
         if mixer.bias is not None:
             mixer.bias.copy_(torch.randn(4, 5, generator=torch.Generator().manual_seed(7)) * 2)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lazypipe.model.cache import RecurrentState
-from lazypipe.model.mixers import TokenMixer
+from lazypipe.model.mixers.base import TokenMixer
 from lazypipe.model.rope import rope_tables
 from tests.model.tiny_model import awake, tiny
 

@@ -7,7 +7,7 @@ import torch
 
 from lazypipe.model.cache import RecurrentState
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM
+from lazypipe.model.mixers.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM
 from lazypipe.model.mixers.taylor import TaylorAttention
 from lazypipe.model.rope import rope_tables
 from tests.model.tiny_model import awake, some_tokens, tiny

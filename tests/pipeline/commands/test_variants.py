@@ -4,7 +4,7 @@ import json
 
 from typer.testing import CliRunner
 
-from lazypipe.model.config import BASELINES, MIXERS
+from lazypipe.model.mixers.registry import BASELINES, MIXERS
 from lazypipe.model.pattern import PATTERNS
 from lazypipe.pipeline.cli import app
 
@@ -15,7 +15,7 @@ def test_mixers_and_patterns_are_listed_for_people_and_programs() -> None:
     assert listed == [*MIXERS, *PATTERNS, *BASELINES]
     assert max(map(len, lines)) <= 120
     assert json.loads(CliRunner().invoke(app, ["variants", "--json"]).stdout) == {
-        "mixers": MIXERS,
+        "mixers": {name: row.summary for name, row in MIXERS.items()},
         "patterns": PATTERNS,
-        "baselines": BASELINES,
+        "baselines": {name: row.summary for name, row in BASELINES.items()},
     }

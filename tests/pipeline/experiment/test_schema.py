@@ -233,7 +233,10 @@ def test_the_root_is_chosen_in_the_documented_order(monkeypatch: pytest.MonkeyPa
         ("variants.lazy.num_heads=3", "variants.lazy.num_heads: num_heads=3 does not divide hidden_size=32; choose"),
         ("model.num_heads=32", "model: head_dim=1 (hidden_size/num_heads) is odd; RoPE rotates pairs"),
         ("variants.lazy.num_kv_heads=3", "variants.lazy.num_kv_heads: num_kv_heads=3 does not divide num_heads=2"),
-        ("variants.lazy.mixer=lasy", "variants.lazy.mixer: must be 'standard'"),
+        (
+            "variants.lazy.mixer=lasy",
+            "variants.lazy.mixer: there is no mixer 'lasy'; did you mean 'lazy'? (known: standard, lazy, mlp",
+        ),
         ("variants.lazy.pattern=evn", "variants.lazy.pattern: must be one of uniform, even, odd, top, middle, bottom"),
         ("model.pattern=[0, 1]", "model: pattern=[0, 1] names layer 0; layers count from 1 to num_layers=4"),
         (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lazypipe.model.config import BASELINES
+from lazypipe.model.mixers.registry import BASELINES, MECHANISMS
 from lazypipe.pipeline.experiment.schema import compose, models
 from lazypipe.pipeline.planning.plan import Selection, decide
 from lazypipe.pipeline.planning.preflight import check_baselines
@@ -36,7 +37,7 @@ def test_a_baseline_without_gpus_is_refused_and_with_gpus_planned(mixer: str) ->
 def test_a_missing_package_is_refused_for_what_would_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = {"standard": {}, "other": {"mixer": "gla"}}
     plan = decide(nodes_of(variants=variants, resources=GPUS), Store(tmp_path), Selection())
-    monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
+    monkeypatch.setitem(MECHANISMS, "gla", replace(MECHANISMS["gla"], package="a_package_nobody_has"))
     with pytest.raises(UserError, match=r"pretrain/other: mixer=gla .* pip install 'lazypipe\[baselines\]'"):
         check_baselines(plan)
     plan = decide(nodes_of(variants=variants, resources=GPUS), Store(tmp_path), Selection(only=("pretrain/standard",)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lazypipe.model.checkpoint import load_checkpoint, save_checkpoint
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers import SideInputs
+from lazypipe.model.mixers.base import SideInputs
 from lazypipe.model.rope import rope_tables
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, UserError

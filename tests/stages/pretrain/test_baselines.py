@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
-from lazypipe.model.config import BASELINES
+from lazypipe.model.mixers.registry import BASELINES, MECHANISMS
 from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
@@ -59,7 +60,7 @@ def test_analysed_as_a_model_without_attention_weights(corpus: Artifact, trained
 def test_without_the_package_every_stage_says_how_to_install_it(
     corpus: Artifact, trained: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazypipe.model.config.BASELINE_PACKAGE", "a_package_nobody_has")
+    monkeypatch.setitem(MECHANISMS, "gla", replace(MECHANISMS["gla"], package="a_package_nobody_has"))
     inputs = {"tokenize": corpus, "pretrain": trained}
     with pytest.raises(UserError, match=r"pip install 'lazypipe\[baselines\]'"):
         evaluate.run(

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.model.config import MIXERS
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.stages.contract import Artifact, Interrupted, UserError
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.checks import check_compiler

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lazypipe.model.config import MIXERS
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.determinism import CUBLAS, deterministic, prepare_cublas

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.model.config import MIXERS
 from lazypipe.model.loss import next_token_loss
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.batches import document_borders, read_window, training_batch, validation_windows

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.model.config import MIXERS
 from lazypipe.model.generate import generate
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.pattern import PATTERNS
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, Context, Interrupted

@@ -144,4 +144,4 @@ def test_without_it_nothing_is_asked_for(corpus: Artifact, tmp_path: Path, monke
         warnings.simplefilter("always")
         run = tiny_run("softmax1", steps=1, warmup_steps=0, sink_balance=0.01)
         pretrain.run(run, {"tokenize": corpus}, context_in(tmp_path / "softmax1"))
-    assert any("sink_balance=0.01 balances the sinks" in str(one.message) for one in caught)
+    assert any("sink_balance=0.01 balances learned sink logits" in str(one.message) for one in caught)

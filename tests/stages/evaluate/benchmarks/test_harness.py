@@ -15,8 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from lazypipe.model.checkpoint import Checkpoint
-from lazypipe.model.config import MIXERS, ModelConfig
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.generate import generate
+from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from lazypipe.pipeline.bench import evaluate as harness_bench
 from lazypipe.pipeline.bench.evaluate import save_llama, train_tokenizer
