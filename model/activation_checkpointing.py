@@ -9,7 +9,6 @@ Nothing in a block draws random numbers, so on one machine the gradients are tho
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lazypipe.kernels  # noqa: F401  (it registers the last two operators of KEPT)
-from lazypipe.model.mixers.base import SideInputs, TokenMixer
-from lazypipe.model.rope import Rope
+from lazypipe.model.mixers.base import BlockInputs, BlockOutputs
 
 KEPT = {
     torch.ops.aten.mm.default,
@@ -33,35 +31,16 @@ KEPT = {
 
 
 def checkpointed(
-    block: Callable[[Tensor, Rope, None, SideInputs], Tensor],
-    mixer: TokenMixer,
-    x: Tensor,
-    rope: Rope,
-    side: SideInputs,
-    selective: bool,
-) -> Tensor:
-    """block(x, rope, None, side), whose intermediate tensors are made again when the backward pass needs them.
-
-    The second pass finds the side inputs as the first did, and leaves nothing in `side`.
-    """
-    # As they are now: `side` moves on with the layers, and the second pass comes after all of them.
-    found = replace(side, values=side.values if mixer.reads_values else None)
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        own = replace(found, head_mass=None if found.head_mass is None else [])
-        out = block(x, rope, None, own)
-        return out, own.values, own.head_mass or []
-
-    out: Tensor
+    block: Callable[[Tensor, BlockInputs], BlockOutputs], x: Tensor, inputs: BlockInputs, selective: bool
+) -> BlockOutputs:
+    """block(x, inputs), whose intermediate tensors are made again when the backward pass needs them."""
+    outputs: BlockOutputs
     if selective:
         contexts = partial(create_selective_checkpoint_contexts, _policy)
-        out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        outputs = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     else:
-        out, left, head_mass = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-    side.values = side.values if left is None else left
-    if side.head_mass is not None:
-        side.head_mass += head_mass
-    return out
+        outputs = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)
+    return outputs
 
 
 def _policy(_context: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:

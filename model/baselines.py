@@ -66,13 +66,7 @@ class BaselineModel(Transformer):
         """Of the package's parameters all but the matrices; a convolution's are [channels, 1, width]."""
         return tuple(name for name, parameter in self.named_parameters() if parameter.ndim != 2)
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        cache: DecodingState | None = None,
-        cu_seqlens: Tensor | None = None,
-        head_mass: list[Tensor] | None = None,  # noqa: ARG002  (of `sink` only)
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the output matrix is applied to, [B, L, hidden], of tokens int64 [B, L] that continue the cache.
 
         cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents, each as if alone.

@@ -24,11 +24,13 @@ class Losses(NamedTuple):
 
     cross_entropy  -log p_target in nats; log_z_squared  logsumexp(logits)^2, 0 without z_loss: each the mean or sum of
     N tokens, or [N].
+    head_balance   [], with gradient, where it was asked for (`model.loss.next_token_losses`); no part of the objective.
     """
 
     objective: Tensor
     cross_entropy: Tensor
     log_z_squared: Tensor
+    head_balance: Tensor | None = None
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor, reduction: str = "mean", z_loss: float = 0.0) -> Losses:

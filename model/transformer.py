@@ -12,7 +12,7 @@ from lazypipe.model.activation_checkpointing import checkpointed
 from lazypipe.model.cache import DecodingState, LayerCache
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.layers import Embedding, Linear, RMSNorm, SwiGLU, initialise_weights
-from lazypipe.model.mixers.base import SideInputs, TokenMixer, build_mixer
+from lazypipe.model.mixers.base import BlockInputs, BlockOutputs, TokenMixer, build_mixer
 from lazypipe.model.mixers.registry import mechanism
 from lazypipe.model.mixers.side_qk import SideQKAttention
 from lazypipe.model.packing import Documents
@@ -41,44 +41,40 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
         if cache is not None or not torch.is_grad_enabled():
-            return self._apply_to(x, rope, cache, side)
+            return self._apply_to(x, inputs, cache)
         if self.compiler is None:
-            return self._in_training(x, rope, side)
-        # What grows from layer to layer stays outside: compiled code is made for a length of the list.
-        masses, side.head_mass = side.head_mass, None if side.head_mass is None else []
-        out = _compiled(self.compiler)(self, x, rope, side)
-        if masses is not None:
-            masses += side.head_mass or []
-        side.head_mass = masses
-        return out
+            return self._in_training(x, inputs)
+        return _compiled(self.compiler)(self, x, inputs)
 
-    def _in_training(self, x: Tensor, rope: Rope, side: SideInputs) -> Tensor:
+    def _in_training(self, x: Tensor, inputs: BlockInputs) -> BlockOutputs:
         if self.activation_checkpointing == "none":
-            return self._apply_to(x, rope, None, side)
-        return checkpointed(self._apply_to, self.mixer, x, rope, side, self.activation_checkpointing == "selective")
+            return self._apply_to(x, inputs)
+        if not self.mixer.reads_values:  # or they would be kept for the backward pass
+            inputs = inputs._replace(values=None)
+        return checkpointed(self._apply_to, x, inputs, self.activation_checkpointing == "selective")
 
-    def _apply_to(self, x: Tensor, rope: Rope, cache: LayerCache | None, side: SideInputs) -> Tensor:
-        x = x + self.mixer(self.mixer_input(x, side), rope, cache, side)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+    def _apply_to(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
+        mixed = self.mixer(*self.mixer_inputs(x, inputs), cache)
+        x = x + mixed.x
+        x = x + self.mlp(self.mlp_norm(x))
+        return BlockOutputs(x, mixed.values, mixed.head_mass)
 
-    def statistics(self, x: Tensor, rope: Rope, side: SideInputs) -> tuple[Tensor | None, Tensor | None]:
+    def statistics(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor | None, Tensor | None]:
         """The mixer's `statistics` on x, mean over heads: (sparsity, sink), [] float32 each."""
-        sparsity, sink = self.mixer.statistics(self.mixer_input(x, side), rope, side)
+        sparsity, sink = self.mixer.statistics(*self.mixer_inputs(x, inputs))
         return None if sparsity is None else sparsity.mean(), None if sink is None else sink.mean()
 
-    def mixer_input(self, x: Tensor, side: SideInputs) -> Tensor:
-        """The normed x; where the mixer reads the embeddings, they are normed too."""
-        if self.mixer.reads_embeddings and side.embeddings is not None:
-            side.normed_embeddings = self.mixer_norm(side.embeddings)
-        normed: Tensor = self.mixer_norm(x)
-        return normed
+    def mixer_inputs(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, BlockInputs]:
+        """What the mixer is given: x through the input norm and, where it reads them, the embeddings likewise."""
+        if self.mixer.reads_embeddings and inputs.embeddings is not None:
+            inputs = inputs._replace(embeddings=self.mixer_norm(inputs.embeddings))
+        return self.mixer_norm(x), inputs
 
 
 @functools.cache
-def _compiled(compiler: Compiler) -> Callable[[Block, Tensor, Rope, SideInputs], Tensor]:
+def _compiled(compiler: Compiler) -> Callable[[Block, Tensor, BlockInputs], BlockOutputs]:
     """One function for all blocks, so that blocks of one kind share what is compiled."""
     return torch.compile(Block._in_training, backend=compiler)
 
@@ -102,48 +98,47 @@ class Transformer(nn.Module):
         if self.embedding.weight.device.type != "meta":
             initialise_weights(self.named_modules(), seed, config.init_std, config.num_layers)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: DecodingState | None = None,
-        cu_seqlens: Tensor | None = None,
-        head_mass: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Next-token logits float32 [B, L, vocab_size] of tokens int64 [B, L].
 
         cache       from `new_cache`: the tokens continue those given before and the cache is extended.
         cu_seqlens  int32 [N + 1], 0 = first < ... < last = L, beside tokens [1, L]: N documents one after the other.
                     Each is treated as if it were alone: nothing attends across, positions count inside it.
-        head_mass   gets what `model.loss.head_balance` takes: Imp [H] of every layer of `sink`.
 
         Raises ValueError for a cache without room, for cu_seqlens that do not fit, and for the two together.
         """
-        return self.logits(self.hidden(tokens, cache, cu_seqlens, head_mass))
+        return self.logits(self.hidden(tokens, cache, cu_seqlens))
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        cache: DecodingState | None = None,
-        cu_seqlens: Tensor | None = None,
-        head_mass: list[Tensor] | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: DecodingState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the output matrix is applied to, [B, L, hidden]: for whoever needs the logits of some positions only.
 
         Arguments and errors are those of `forward`.
         """
+        return self._through_blocks(tokens, cache, cu_seqlens, False)[0]
+
+    def hidden_and_head_mass(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """`hidden`, and what `model.loss.head_balance` takes: Imp [H] of every layer of `sink`, with gradient."""
+        return self._through_blocks(tokens, None, cu_seqlens, True)
+
+    def _through_blocks(
+        self, tokens: Tensor, cache: DecodingState | None, cu_seqlens: Tensor | None, returns_head_mass: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         if cache is not None:
             if cu_seqlens is not None:
                 raise ValueError("a decoding cache holds one document per row; give either cache or cu_seqlens")
             cache.check_room(tokens.shape[1])
-        x, rope, side = self.enter(tokens, 0 if cache is None else cache.length, cu_seqlens)
-        side.head_mass = head_mass
-        for index, layer in enumerate(self._blocks()):
-            side.enter_layer(index)
-            x = layer(x, rope, None if cache is None else cache.layers[index], side)
+        x, inputs, maps = self.enter(tokens, 0 if cache is None else cache.length, cu_seqlens)
+        inputs = inputs._replace(returns_head_mass=returns_head_mass)
+        head_mass: list[Tensor] = []
+        for index, block in enumerate(self._blocks()):
+            inputs = inputs._replace(maps=maps.get(index))
+            outputs = block(x, inputs, None if cache is None else cache.layers[index])
+            x, inputs = outputs.x, inputs.above(outputs)
+            if outputs.head_mass is not None:
+                head_mass.append(outputs.head_mass)
         if cache is not None:
             cache.length += tokens.shape[1]
-        out: Tensor = self.final_norm(x)
-        return out
+        return self.final_norm(x), head_mass
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [..., vocab_size] of rows [..., hidden] of `hidden`."""
@@ -182,12 +177,13 @@ class Transformer(nn.Module):
         cu_seqlens (as in `forward`) those of other documents. Layers without attention weights (`attention_layers`
         lacks them) yield nothing.
         """
-        x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
-        for index, layer in enumerate(self._blocks()):
-            side.enter_layer(index)
-            for start, weights in layer.mixer.attention_rows(layer.mixer_input(x, side), rope, query_block, side) or ():
+        x, inputs, maps = self.enter(tokens, cu_seqlens=cu_seqlens)
+        for index, block in enumerate(self._blocks()):
+            inputs = inputs._replace(maps=maps.get(index))
+            for start, weights in block.mixer.attention_rows(*block.mixer_inputs(x, inputs), query_block) or ():
                 yield index, start, weights.expand(tokens.shape[0], -1, -1, -1)  # a map may serve all rows
-            x = layer(x, rope, None, side)
+            outputs = block(x, inputs)
+            x, inputs = outputs.x, inputs.above(outputs)
 
     @property
     def attention_layers(self) -> list[int]:
@@ -203,14 +199,16 @@ class Transformer(nn.Module):
         Of the pairs and the first key inside a document, with cu_seqlens as in `forward`. None for what a mixer does
         not have. Costs a forward pass with every attention computed once or twice more.
         """
-        x, rope, side = self.enter(tokens, cu_seqlens=cu_seqlens)
-        found: list[tuple[Tensor | None, Tensor | None]] = []
-        for index, layer in enumerate(self._blocks()):
-            side.enter_layer(index)
-            found.append(layer.statistics(x, rope, side))
-            x = layer(x, rope, None, side)
-        values = iter(torch.stack([v for pair in found for v in pair if v is not None] or [x.new_zeros(())]).tolist())
-        return [(None if a is None else next(values), None if b is None else next(values)) for a, b in found]
+        x, inputs, maps = self.enter(tokens, cu_seqlens=cu_seqlens)
+        measured: list[tuple[Tensor | None, Tensor | None]] = []
+        for index, block in enumerate(self._blocks()):
+            inputs = inputs._replace(maps=maps.get(index))
+            measured.append(block.statistics(x, inputs))
+            outputs = block(x, inputs)
+            x, inputs = outputs.x, inputs.above(outputs)
+        scalars = [one for pair in measured for one in pair if one is not None] or [x.new_zeros(())]
+        values = iter(torch.stack(scalars).tolist())  # one transfer from the GPU
+        return [(None if a is None else next(values), None if b is None else next(values)) for a, b in measured]
 
     @property
     def mixers(self) -> list[TokenMixer]:
@@ -224,8 +222,11 @@ class Transformer(nn.Module):
 
     def enter(
         self, tokens: Tensor, first_position: int = 0, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Rope, SideInputs]:
-        """What the first layer is given for tokens [B, L] that start at `first_position`: (x, rope, side inputs)."""
+    ) -> tuple[Tensor, BlockInputs, Mapping[int, tuple[Tensor, Tensor]]]:
+        """What the first layer is given for tokens [B, L] that start at `first_position`: (x, its inputs, maps).
+
+        The maps are those of `BlockInputs.maps` by layer, and not set in the inputs yet.
+        """
         documents = None if cu_seqlens is None else Documents.packed(cu_seqlens, tokens)
         end = first_position + tokens.shape[1] if documents is None else max(documents.lengths)
         x: Tensor = self.embedding(tokens)
@@ -233,39 +234,37 @@ class Transformer(nn.Module):
         if documents is not None:
             rope = rope[0][documents.positions], rope[1][documents.positions]
         if self.side is None:
-            return x, rope, self._side_inputs(x, documents)
+            return x, self._first_inputs(x, rope, documents), {}
         self.side.check_length(end)
         maps = self.side.maps(self, end, self._side_maps)
         here = slice(first_position, end) if documents is None else documents.positions
         at_tokens = {layer: (queries[:, :, here], keys[:, :, here]) for layer, (queries, keys) in maps.items()}
-        return x, rope, self._side_inputs(x, documents, at_tokens)
+        return x, self._first_inputs(x, rope, documents), at_tokens
 
-    def _side_inputs(
-        self, x: Tensor, documents: Documents | None, maps: Mapping[int, tuple[Tensor, Tensor]] | None = None
-    ) -> SideInputs:
-        """For a pass over embeddings x [B, L, hidden], with what no block reads left out."""
-        return SideInputs(
+    def _first_inputs(self, x: Tensor, rope: Rope, documents: Documents | None) -> BlockInputs:
+        """Of a pass over embeddings x [B, L, hidden], without what no block reads."""
+        return BlockInputs(
+            rope,
+            documents,
             embeddings=x if any(block.mixer.reads_embeddings for block in self._blocks()) else None,
-            documents=documents,
-            keeps_values=any(block.mixer.reads_values for block in self._blocks()),
-            maps_by_layer={} if maps is None else maps,
+            returns_values=any(block.mixer.reads_values for block in self._blocks()),
         )
 
     def _side_maps(self, length: int) -> dict[int, Maps]:
         """Carry the side sequence through the stack; queries and keys of each layer that reads them."""
         assert self.side is not None
         x = self.side.embed(self.embedding, length)
-        rope, found = self._rope(0, length), dict[int, Maps]()
-        side = self._side_inputs(x, None, found)
+        maps: dict[int, Maps] = {}
+        inputs = self._first_inputs(x, self._rope(0, length), None)
         last = max(block.index for block in self._blocks() if block.mixer.reads_side_sequence)
         for block in self._blocks():
             if isinstance(block.mixer, SideQKAttention):
-                found[block.index] = Maps(*block.mixer.side_maps(block.mixer_norm(x), rope))
+                maps[block.index] = Maps(*block.mixer.side_maps(block.mixer_norm(x), inputs.rope))
             if block.index == last:
                 break
-            side.enter_layer(block.index)
-            x = block(x, rope, None, side)
-        return found
+            outputs = block(x, inputs._replace(maps=maps.get(block.index)))
+            x, inputs = outputs.x, inputs.above(outputs)
+        return maps
 
     def _rope(self, start: int, end: int) -> Rope:
         config = self.config

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.base import AttentionMixer, BlockInputs
 from lazypipe.model.mixers.query_blocks import in_query_blocks
-from lazypipe.model.rope import Rope
 
 
 class AlibiAttention(AttentionMixer):
@@ -19,12 +18,7 @@ class AlibiAttention(AttentionMixer):
     weight itself is down by exp(-b); the output's own rounding is larger.
     """
 
-    def queries_and_keys(
-        self,
-        x: Tensor,
-        rope: Rope,  # noqa: ARG002
-        side: SideInputs | None = None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self.unrotated(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """What every token mixer offers, and what those that are attention share."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,43 +17,52 @@ from lazypipe.model.rope import Rope, apply_rope
 STATISTICS_ROWS = 256  # query rows of weights that exist at a time
 
 
-@dataclass
-class SideInputs:
-    """What a layer may read beside its own input. One object per pass through the stack, updated layer by layer.
+class BlockInputs(NamedTuple):
+    """What a block and its mixer read beside the residual stream. Immutable: each layer is given its own.
 
-    embeddings         [B, L, hidden] token embeddings of the input; None where no layer reads them
-    normed_embeddings  the same through the input norm of the layer at hand, for mixers with `reads_embeddings`
-    documents          where the documents of a packed row lie; None when every row is one document
-    values             [B, Hkv, L, D] of the last attention layer below, without gradient; None before the first, and
-                       without keeps_values: where no layer reads them, none is kept
-    head_mass          a list that every layer of `sink` adds to, if the caller wants it: Imp [H] float32, the mean over
-                       all tokens of the weight its real keys have together, with gradient
-    maps               rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at the layer at hand,
-                       for mixers with `reads_side_sequence`; maps_by_layer has those of all such layers
+    rope                the tables of exactly the L positions of the input
+    documents           where the documents of a packed row lie; None when every row is one document
+    embeddings          [B, L, hidden] token embeddings of the input; a mixer with `reads_embeddings` is given them
+                        through the input norm of its layer. None where no layer reads them
+    values              [B, Hkv, L, D] of the nearest attention layer below, without gradient; None before the first,
+                        and where no layer reads them
+    maps                rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence at this layer, for
+                        mixers with `reads_side_sequence`
+    returns_values      whether an attention layer is to return its values for the layers above
+    returns_head_mass   whether a layer of `sink` is to return its head mass
     """
 
-    embeddings: Tensor | None
+    rope: Rope
     documents: Documents | None = None
-    normed_embeddings: Tensor | None = None
+    embeddings: Tensor | None = None
     values: Tensor | None = None
-    keeps_values: bool = True
-    head_mass: list[Tensor] | None = None
     maps: tuple[Tensor, Tensor] | None = None
-    maps_by_layer: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    returns_values: bool = False
+    returns_head_mass: bool = False
 
-    def enter_layer(self, index: int) -> None:
-        self.maps = self.maps_by_layer.get(index)
+    def above(self, outputs: "BlockOutputs") -> Self:
+        """The inputs of the layer above one that was given these and returned `outputs`, but for its own maps."""
+        return self if outputs.values is None else self._replace(values=outputs.values)
 
 
-def documents_of(side: SideInputs | None) -> Documents | None:
-    return None if side is None else side.documents
+class BlockOutputs(NamedTuple):
+    """What a block returns, and a mixer to its block. A tuple of tensors: FSDP2 and torch.compile follow each of them.
+
+    x          [B, L, hidden]: of a block the residual stream, of a mixer what is added to it
+    values     [B, Hkv, L, D] without gradient, of an attention layer asked with `BlockInputs.returns_values`
+    head_mass  Imp [H] float32, the mean over all tokens of the weight that the real keys have together, with gradient;
+               of a layer of `sink` asked with `BlockInputs.returns_head_mass`
+    """
+
+    x: Tensor
+    values: Tensor | None = None
+    head_mass: Tensor | None = None
 
 
 class TokenMixer(nn.Module):
     """Mixes information between positions, causally. x is the normed layer input [B, L, hidden].
 
-    `rope` holds the tables of exactly the L positions of x; `side` may be left out where a mixer reads nothing of it.
-    With `side.documents` x is one packed row: positions restart with each document, and nothing is mixed across.
+    With `inputs.documents` x is one packed row: positions restart with each document, and nothing is mixed across.
     The projection back into the residual stream is a Linear with into_residual (its initialisation is scaled down with
     depth). A mixer with parameters of its own fills them in a method `initialise(draw)` (see `layers.Draw`).
     """
@@ -69,34 +77,32 @@ class TokenMixer(nn.Module):
     own_rate: ClassVar[tuple[str, ...]] = ()  # those of them that learn at lr * pretrain.tau_bias_lr_multiplier
 
     @abstractmethod
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
-        """[B, L, hidden]. With a cache, x continues the tokens the cache has seen, and is added to it."""
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
+        """With a cache, x continues the tokens that the cache has seen, and is added to it."""
 
     @abstractmethod
     def new_cache(self, max_tokens: int) -> LayerCache:
         """An empty decoding cache with room for `max_tokens` tokens."""
 
     @abstractmethod
-    def attention_rows(
-        self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
-    ) -> Iterator[tuple[int, Tensor]] | None:
+    def attention_rows(self, x: Tensor, inputs: BlockInputs, query_block: int) -> Iterator[tuple[int, Tensor]] | None:
         """Yield (query_start, weights [B, H, rows, L] float32) from the first query to the last; None without weights.
 
         The weights are those multiplied with V: exact zeros included, future positions 0. At most `query_block` rows
         exist at a time.
         """
 
-    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:  # noqa: ARG002
+    def sparsity(self, x: Tensor, inputs: BlockInputs) -> Tensor | None:  # noqa: ARG002
         """Share of exactly-zero weights among all (query, visible key) pairs, [H] float32; None where none can be."""
         return None
 
-    def statistics(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def statistics(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor | None, Tensor | None]:
         """(`sparsity`, sink), [H] float32 each: sink is the mean over queries of the weight on the first key they see.
 
         None for what a mixer does not have.
         """
-        rows = self.attention_rows(x, rope, STATISTICS_ROWS, side)
-        return self.sparsity(x, rope, side), None if rows is None else first_key_mass(rows, documents_of(side))
+        rows = self.attention_rows(x, inputs, STATISTICS_ROWS)
+        return self.sparsity(x, inputs), None if rows is None else first_key_mass(rows, inputs.documents)
 
     def tau_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         """What it has learned of Lazy Attention's tau [H] or [1] and distance bias [H, W]."""
@@ -129,13 +135,14 @@ class ProjectedMixer(TokenMixer):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k
 
-    def new_values(self, x: Tensor, side: SideInputs | None = None) -> Tensor:
-        """Values [B, Hkv, L, D] of x, left in `side` for the layers above."""
-        v = self._heads(self.v_proj(x), self.kv_heads)
-        if side is not None:
-            # Cloned: torch 2.13's compiler fails on a graph that gives out v and a view of v.
-            side.values = v.detach().clone() if side.keeps_values else None
-        return v
+    def new_values(self, x: Tensor) -> Tensor:
+        """Values [B, Hkv, L, D] of x."""
+        return self._heads(self.v_proj(x), self.kv_heads)
+
+    def returned_values(self, v: Tensor, inputs: BlockInputs) -> Tensor | None:
+        """The new values v as `BlockOutputs.values`: without gradient, None where nobody asks for them."""
+        # Cloned: torch 2.13's compiler fails on a graph that gives out v and a view of v.
+        return v.detach().clone() if inputs.returns_values else None
 
     def project(self, heads: Tensor) -> Tensor:
         """Head outputs [B, H, L, D] back into the residual stream, [B, L, hidden]."""
@@ -161,41 +168,34 @@ class AttentionMixer(ProjectedMixer):
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """The weights [B, H, Lq, Lk] float32 that `attend` multiplies with V."""
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
-        q, k = self.queries_and_keys(x, rope, side)
-        v = self.new_values(x, side)
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
+        q, k = self.queries_and_keys(x, inputs)
+        v = self.new_values(x)
+        values = self.returned_values(v, inputs)
         if cache is not None:
             assert isinstance(cache, KVCache)
             k, v = cache.append(k, v)
-        return self.project(self.attend_documents(q, k, v, side))
+        return BlockOutputs(self.project(self.attend_documents(q, k, v, inputs.documents)), values)
 
     def new_cache(self, max_tokens: int) -> LayerCache:
         return KVCache(max_tokens)
 
-    def attention_rows(
-        self, x: Tensor, rope: Rope, query_block: int, side: SideInputs | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        q, k = self.queries_and_keys(x, rope, side)
+    def attention_rows(self, x: Tensor, inputs: BlockInputs, query_block: int) -> Iterator[tuple[int, Tensor]]:
+        q, k = self.queries_and_keys(x, inputs)
 
         def weights_of(start: int, end: int, first_key: int) -> Tensor:
             return self.weights(q[:, :, start:end], k[:, :, first_key:end])
 
-        return weight_rows(weights_of, q.shape[2], query_block, documents_of(side))
+        return weight_rows(weights_of, q.shape[2], query_block, inputs.documents)
 
-    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         """`attend`, within each document of a packed row."""
-        documents = documents_of(side)
         return self.attend(q, k, v) if documents is None else documents.each(self.attend, q, k, v)
 
-    def queries_and_keys(
-        self,
-        x: Tensor,
-        rope: Rope,
-        side: SideInputs | None = None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """Rotated queries [B, H, L, D] and keys [B, Hkv, L, D]. They read x; a subclass may read `side` instead."""
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Rotated queries [B, H, L, D] and keys [B, Hkv, L, D] of x; a subclass may form them of other inputs."""
         q, k = self.unrotated(x)
-        return apply_rope(q, rope), apply_rope(k, rope)
+        return apply_rope(q, inputs.rope), apply_rope(k, inputs.rope)
 
     def by_weights(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output of `attend` by way of `weights`."""

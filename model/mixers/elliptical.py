@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from lazypipe.model.cache import KVCache, LayerCache
-from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.base import BlockInputs, BlockOutputs
 from lazypipe.model.mixers.standard import StandardAttention
-from lazypipe.model.packing import Documents
-from lazypipe.model.rope import Rope, apply_rope
+from lazypipe.model.rope import apply_rope
 
 
 class EllipticalCache(KVCache):
@@ -30,33 +29,27 @@ class EllipticalAttention(StandardAttention):
 
     reads_values: ClassVar[bool] = True
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
-        below = None if side is None else side.values
-        v = self.new_values(x, side)
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
+        v = self.new_values(x)
+        values = self.returned_values(v, inputs)
         assert cache is None or isinstance(cache, EllipticalCache)
-        q, k = self._stretched(x, v, below, rope, cache, documents_of(side))
+        q, k = self._stretched(x, v, inputs, cache)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.project(self.attend_documents(q, k, v, side))
+        return BlockOutputs(self.project(self.attend_documents(q, k, v, inputs.documents)), values)
 
     def new_cache(self, max_tokens: int) -> LayerCache:
         return EllipticalCache(max_tokens)
 
-    def queries_and_keys(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor, Tensor]:
-        below = None if side is None else side.values
-        return self._stretched(x, self.new_values(x), below, rope, None, documents_of(side))
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        return self._stretched(x, self.new_values(x), inputs, None)
 
     def _stretched(
-        self,
-        x: Tensor,
-        v: Tensor,
-        below: Tensor | None,
-        rope: Rope,
-        cache: EllipticalCache | None,
-        documents: Documents | None,
+        self, x: Tensor, v: Tensor, inputs: BlockInputs, cache: EllipticalCache | None
     ) -> tuple[Tensor, Tensor]:
         """Queries times m, and keys, both rotated; the cache's sum goes on to the last token of x."""
         q, k = self.unrotated(x)
+        below, documents = inputs.values, inputs.documents
         if below is not None:
             with torch.no_grad():
                 change = (v.float() - below.float()).abs()
@@ -68,7 +61,7 @@ class EllipticalAttention(StandardAttention):
                 largest = change.amax(-1, keepdim=True)
                 stretch = torch.where(largest > 0, change / largest.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
             q = (q.float() * self.per_query_head(stretch)).to(q.dtype)
-        return apply_rope(q, rope), apply_rope(k, rope)
+        return apply_rope(q, inputs.rope), apply_rope(k, inputs.rope)
 
 
 def _running_sum(x: Tensor) -> Tensor:

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import RowwiseAttention, zero_share
 from lazypipe.model.mixers.standard import visible
-from lazypipe.model.rope import Rope
 
 
 class EntmaxAttention(RowwiseAttention):
@@ -20,8 +19,8 @@ class EntmaxAttention(RowwiseAttention):
         mask = visible(q.shape[2], k.shape[2], q.device)
         return entmax15(self.scores(q, k).masked_fill(~mask, -torch.inf))
 
-    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
-        return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
+    def sparsity(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        return zero_share(self.attention_rows(x, inputs, QUERY_ROWS), inputs.documents)
 
 
 def entmax15(scores: Tensor) -> Tensor:

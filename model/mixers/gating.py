@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lazypipe.model.cache import LayerCache, RecurrentState
-from lazypipe.model.mixers.base import ProjectedMixer, SideInputs, documents_of
+from lazypipe.model.mixers.base import BlockInputs, BlockOutputs, ProjectedMixer
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.packing import weight_rows
-from lazypipe.model.rope import Rope
 
 
 class GatingMixer(ProjectedMixer):
@@ -20,18 +19,13 @@ class GatingMixer(ProjectedMixer):
     denominator and maximum per head. Position enters nowhere (RoPE would cancel in e_j).
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,  # noqa: ARG002
-        cache: LayerCache | None = None,
-        side: SideInputs | None = None,
-    ) -> Tensor:
-        values, scores = self.per_query_head(self.new_values(x, side)), self.key_scores(x)
-        documents = documents_of(side)
-        if documents is not None:
-            out = documents.each(lambda *one: running_softmax(*one)[0], scores, values.float())
-            return self.project(out.to(values.dtype))
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
+        v = self.new_values(x)
+        returned = self.returned_values(v, inputs)
+        values, scores = self.per_query_head(v), self.key_scores(x)
+        if inputs.documents is not None:
+            out = inputs.documents.each(lambda *one: running_softmax(*one)[0], scores, values.float())
+            return BlockOutputs(self.project(out.to(values.dtype)), returned)
         before = None
         if cache is not None:
             assert isinstance(cache, RecurrentState)
@@ -39,25 +33,19 @@ class GatingMixer(ProjectedMixer):
         out, after = running_softmax(scores, values.float(), before)
         if cache is not None:
             cache.tensors = tuple(tensor.clone() for tensor in after)  # a view would keep the whole prompt's sums
-        return self.project(out.to(values.dtype))
+        return BlockOutputs(self.project(out.to(values.dtype)), returned)
 
     def new_cache(self, max_tokens: int) -> LayerCache:  # noqa: ARG002
         return RecurrentState()
 
-    def attention_rows(
-        self,
-        x: Tensor,
-        rope: Rope,  # noqa: ARG002
-        query_block: int,
-        side: SideInputs | None = None,
-    ) -> Iterator[tuple[int, Tensor]]:
+    def attention_rows(self, x: Tensor, inputs: BlockInputs, query_block: int) -> Iterator[tuple[int, Tensor]]:
         scores = self.key_scores(x)[:, :, None]
 
         def weights_of(start: int, end: int, first_key: int) -> Tensor:
             mask = visible(end - start, end - first_key, x.device)
             return torch.softmax(scores[..., first_key:end].masked_fill(~mask, -torch.inf), dim=-1)
 
-        return weight_rows(weights_of, x.shape[1], query_block, documents_of(side))
+        return weight_rows(weights_of, x.shape[1], query_block, inputs.documents)
 
     def key_scores(self, x: Tensor) -> Tensor:
         """e [B, H, L] float32 of the layer input x [B, L, hidden], autocast or not."""

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from lazypipe.kernels import lazy_attention
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.layers import Draw
-from lazypipe.model.mixers.base import AttentionMixer, SideInputs, documents_of
+from lazypipe.model.mixers.base import AttentionMixer, BlockInputs
 from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import in_query_blocks, zero_share
 from lazypipe.model.mixers.standard import visible
 from lazypipe.model.packing import Documents, first_keys, visible_keys
-from lazypipe.model.rope import Rope
 
 
 class LazyAttention(AttentionMixer):
@@ -50,14 +49,14 @@ class LazyAttention(AttentionMixer):
     def tau_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         return self.tau, self.bias
 
-    def queries_and_keys(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor, Tensor]:
-        return super().queries_and_keys(x, rope, side) if self.rotates else self.unrotated(x)
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        return super().queries_and_keys(x, inputs) if self.rotates else self.unrotated(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._kernel(q, k, v, None) if self.relative else in_query_blocks(self.by_weights, q, k, v)
 
-    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
-        return self._kernel(q, k, v, documents_of(side)) if self.relative else super().attend_documents(q, k, v, side)
+    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        return self._kernel(q, k, v, documents) if self.relative else super().attend_documents(q, k, v, documents)
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         bias, tau = self.bias_and_tau(q)
@@ -77,20 +76,20 @@ class LazyAttention(AttentionMixer):
         # A tau above zero would lift the future too, so the mask comes after the max.
         return torch.relu(probs + offset).masked_fill(~mask, 0.0)
 
-    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor | None:
+    def sparsity(self, x: Tensor, inputs: BlockInputs) -> Tensor | None:
         if self.tau is None:
             return None
         if not self.relative:
-            return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
-        return self.statistics(x, rope, side)[0]
+            return zero_share(self.attention_rows(x, inputs, QUERY_ROWS), inputs.documents)
+        return self.statistics(x, inputs)[0]
 
-    def statistics(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def statistics(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor | None, Tensor | None]:
         """As everywhere; from one pass of the kernel, which hands out the log-sum-exp of each row for nothing."""
         if not self.relative:
-            return super().statistics(x, rope, side)
-        documents, length = documents_of(side), x.shape[1]
-        q, k = self.queries_and_keys(x, rope, side)
-        v = self._heads(self.v_proj(x), self.kv_heads)
+            return super().statistics(x, inputs)
+        documents, length = inputs.documents, x.shape[1]
+        q, k = self.queries_and_keys(x, inputs)
+        v = self.new_values(x)
         bias, tau = self.bias_and_tau(q)
         borders = None if documents is None else documents.cu_seqlens
         _, stats = lazy_attention(

@@ -6,8 +6,7 @@ from torch import Tensor
 from lazypipe.model.cache import LayerCache, RecurrentState
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.layers import Linear
-from lazypipe.model.mixers.base import SideInputs, TokenMixer
-from lazypipe.model.rope import Rope
+from lazypipe.model.mixers.base import BlockInputs, BlockOutputs, TokenMixer
 
 
 class MlpMixer(TokenMixer):
@@ -26,21 +25,13 @@ class MlpMixer(TokenMixer):
     def forward(
         self,
         x: Tensor,
-        rope: Rope,  # noqa: ARG002
+        inputs: BlockInputs,  # noqa: ARG002
         cache: LayerCache | None = None,  # noqa: ARG002
-        side: SideInputs | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+    ) -> BlockOutputs:
+        return BlockOutputs(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
     def new_cache(self, max_tokens: int) -> LayerCache:  # noqa: ARG002
         return RecurrentState()
 
-    def attention_rows(
-        self,
-        x: Tensor,  # noqa: ARG002
-        rope: Rope,  # noqa: ARG002
-        query_block: int,  # noqa: ARG002
-        side: SideInputs | None = None,  # noqa: ARG002
-    ) -> None:
+    def attention_rows(self, x: Tensor, inputs: BlockInputs, query_block: int) -> None:  # noqa: ARG002
         return None

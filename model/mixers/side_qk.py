@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lazypipe.model.mixers.base import SideInputs
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.standard import StandardAttention
 from lazypipe.model.rope import Rope, apply_rope
 
@@ -17,18 +17,13 @@ class SideQKAttention(StandardAttention):
 
     reads_side_sequence: ClassVar[bool] = True
 
-    def queries_and_keys(
-        self,
-        x: Tensor,
-        rope: Rope,  # noqa: ARG002
-        side: SideInputs | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if side is None or side.maps is None:
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        if inputs.maps is None:
             raise ValueError(
                 f"random_qk and text_qk read queries and keys of a side sequence; an input {list(x.shape)} came "
-                "without them. Pass SideInputs after SideInputs.enter_layer"
+                "without them; pass BlockInputs with the maps of this layer"
             )
-        return side.maps
+        return inputs.maps
 
     def side_maps(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated queries [1, H, L, D] and keys [1, Hkv, L, D] of the side sequence's normed layer input x."""

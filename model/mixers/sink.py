@@ -5,9 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lazypipe.model.cache import LayerCache
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.layers import Draw
-from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.base import AttentionMixer, BlockInputs, BlockOutputs
 from lazypipe.model.mixers.null_key import attend_with_null_key, weights_beside_null_key
 
 
@@ -29,13 +30,18 @@ class SinkAttention(AttentionMixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_with_null_key(q, k, v, self.scale, self.sink)
 
-    def attend_documents(self, q: Tensor, k: Tensor, v: Tensor, side: SideInputs | None) -> Tensor:
-        if side is None or side.head_mass is None:
-            return super().attend_documents(q, k, v, side)
-        documents = side.documents
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
+        """As of every mixer. The head mass is that of whole inputs: it does not go with a cache (ValueError)."""
+        if not inputs.returns_head_mass:
+            return super().forward(x, inputs, cache)
+        if cache is not None:
+            raise ValueError("the head mass of sink was asked for beside a decoding cache; give one of the two")
+        q, k = self.queries_and_keys(x, inputs)
+        v = self.new_values(x)
+        documents = inputs.documents
         out = self._with_mass(q, k, v) if documents is None else documents.each(self._with_mass, q, k, v)
-        side.head_mass.append(out[..., -1].float().mean((0, 2)))
-        return out[..., :-1]
+        head_mass = out[..., -1].float().mean((0, 2))
+        return BlockOutputs(self.project(out[..., :-1]), self.returned_values(v, inputs), head_mass)
 
     def _with_mass(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_with_null_key(q, k, v, self.scale, self.sink, with_mass=True)

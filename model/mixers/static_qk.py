@@ -4,9 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lazypipe.model.mixers.base import SideInputs
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.standard import StandardAttention
-from lazypipe.model.rope import Rope, apply_rope
 
 
 class StaticQKAttention(StandardAttention):
@@ -17,11 +16,10 @@ class StaticQKAttention(StandardAttention):
 
     reads_embeddings: ClassVar[bool] = True
 
-    def queries_and_keys(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> tuple[Tensor, Tensor]:
-        if side is None or side.normed_embeddings is None:
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        if inputs.embeddings is None:
             raise ValueError(
                 f"static_qk reads the token embeddings of its input {list(x.shape)} and got none; "
-                "pass SideInputs made ready by Block.mixer_input"
+                "pass BlockInputs with the embeddings through the norm of this layer"
             )
-        q, k = self.unrotated(side.normed_embeddings)
-        return apply_rope(q, rope), apply_rope(k, rope)
+        return super().queries_and_keys(inputs.embeddings, inputs)

@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import RowwiseAttention, zero_share
 from lazypipe.model.mixers.standard import visible
-from lazypipe.model.rope import Rope
 
 
 class StickBreakingAttention(RowwiseAttention):
@@ -24,12 +23,7 @@ class StickBreakingAttention(RowwiseAttention):
         super().__init__(config)
         self.remainder = config.stick_breaking_remainder
 
-    def queries_and_keys(
-        self,
-        x: Tensor,
-        rope: Rope,  # noqa: ARG002
-        side: SideInputs | None = None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self.unrotated(x)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -47,5 +41,5 @@ class StickBreakingAttention(RowwiseAttention):
             weights = torch.where(seen & ~earlier, broken[..., :1].exp(), weights)
         return weights
 
-    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
-        return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
+    def sparsity(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        return zero_share(self.attention_rows(x, inputs, QUERY_ROWS), inputs.documents)

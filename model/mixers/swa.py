@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.base import SideInputs, documents_of
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.costs import QUERY_ROWS
 from lazypipe.model.mixers.query_blocks import zero_share
 from lazypipe.model.mixers.standard import StandardAttention
-from lazypipe.model.rope import Rope
 
 
 class SlidingWindowAttention(StandardAttention):
@@ -39,8 +38,8 @@ class SlidingWindowAttention(StandardAttention):
         mask = self._visible(keys[k.shape[2] - q.shape[2] :], keys)
         return torch.softmax(self.scores(q, k).masked_fill(~mask, -torch.inf), dim=-1)
 
-    def sparsity(self, x: Tensor, rope: Rope, side: SideInputs | None = None) -> Tensor:
-        return zero_share(self.attention_rows(x, rope, QUERY_ROWS, side), documents_of(side))
+    def sparsity(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        return zero_share(self.attention_rows(x, inputs, QUERY_ROWS), inputs.documents)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, first_query: int) -> Tensor:
         last_key = first_query + q.shape[2]

@@ -10,10 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lazypipe.model.cache import LayerCache, RecurrentState
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.base import AttentionMixer, SideInputs
+from lazypipe.model.mixers.base import AttentionMixer, BlockInputs, BlockOutputs
 from lazypipe.model.mixers.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM, taylor_features
 from lazypipe.model.mixers.standard import visible
-from lazypipe.model.rope import Rope
 
 
 class TaylorAttention(AttentionMixer):
@@ -28,14 +27,15 @@ class TaylorAttention(AttentionMixer):
         super().__init__(config)
         self.features = taylor_features(config)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, side: SideInputs | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> BlockOutputs:
         if cache is None:
-            return super().forward(x, rope, cache, side)
+            return super().forward(x, inputs)
         assert isinstance(cache, RecurrentState)
-        q, k = self.queries_and_keys(x, rope, side)
-        out, state = self.attend_by_state(q, k, self.new_values(x, side), cache.tensors[0] if cache.tensors else None)
+        q, k = self.queries_and_keys(x, inputs)
+        v = self.new_values(x)
+        out, state = self.attend_by_state(q, k, v, cache.tensors[0] if cache.tensors else None)
         cache.tensors = (state,)
-        return self.project(out)
+        return BlockOutputs(self.project(out), self.returned_values(v, inputs))
 
     def new_cache(self, max_tokens: int) -> LayerCache:  # noqa: ARG002
         return RecurrentState()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lazypipe.model.cache import RecurrentState
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.base import TokenMixer
+from lazypipe.model.mixers.base import BlockOutputs, TokenMixer
 from lazypipe.model.mixers.registry import STANDARD
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import UserError
@@ -25,8 +25,8 @@ from lazypipe.stages.evaluate.config import Ablation
 class NoMixer(TokenMixer):
     """Adds nothing to the residual stream and reads nothing."""
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        return torch.zeros_like(x)
+    def forward(self, x: Tensor, *_: object) -> BlockOutputs:
+        return BlockOutputs(torch.zeros_like(x))
 
     def new_cache(self, max_tokens: int) -> RecurrentState:  # noqa: ARG002
         return RecurrentState()

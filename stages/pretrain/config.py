@@ -127,13 +127,6 @@ class PretrainConfig(StageConfig):
                 "not made of our blocks, and a side sequence passes through blocks out of their turn; set "
                 "parallel: replicate in this variant"
             )
-        if self.parallel == "fsdp" and (self.model.mechanism.reads_values or self.sink_balance):
-            reads_values = self.model.mechanism.reads_values
-            found = f"mixer={self.model.mixer}" if reads_values else f"sink_balance={self.sink_balance:g}"
-            raise ValueError(
-                f"parallel=fsdp does not go with {found}: FSDP2 hands each block a copy of what blocks pass on beside "
-                "the residual stream; set parallel: replicate in this variant"
-            )
         return self
 
     @property

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lazypipe.model.chunked_loss import Losses
-from lazypipe.model.loss import head_balance, next_token_losses
+from lazypipe.model.loss import next_token_losses
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Context
 from lazypipe.stages.data.batches import Batches, Windows, document_borders, share_of_worker
@@ -36,14 +36,14 @@ def training_loss(
 
     chunk_tokens: predictions whose logits exist at a time; None: all up to 256 MiB of logits.
     """
-    head_mass: list[Tensor] | None = [] if sink_balance else None
-    losses = window_losses(model, windows, eos_id, "mean", head_mass, chunk_tokens, z_loss)
+    balanced = sink_balance > 0
+    losses = window_losses(model, windows, eos_id, "mean", chunk_tokens, z_loss, with_head_balance=balanced)
     objective = losses.objective / micro_batches
     parts = torch.zeros(LOSS_PARTS, device=objective.device)
     parts[0] = losses.cross_entropy / micro_batches
     parts[2] = losses.log_z_squared / micro_batches
-    if head_mass is not None:
-        balance = head_balance(head_mass) / micro_batches
+    if losses.head_balance is not None:
+        balance = losses.head_balance / micro_batches
         parts[1] = balance.detach()
         objective = objective + sink_balance * balance
     return objective, parts
@@ -77,12 +77,12 @@ def window_losses(
     windows: Windows,
     eos_id: int | None,
     reduction: str = "mean",
-    head_mass: list[Tensor] | None = None,
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
+    with_head_balance: bool = False,
 ) -> Losses:
     """`next_token_losses` of windows int64 [n, L + 1]; with eos_id, of each prediction from its own document alone."""
     device = model.embedding.weight.device
     borders = None if eos_id is None else torch.from_numpy(document_borders(windows, eos_id))
     tokens = torch.from_numpy(windows).to(device)
-    return next_token_losses(model, tokens, reduction, borders, head_mass, chunk_tokens, z_loss)
+    return next_token_losses(model, tokens, reduction, borders, chunk_tokens, z_loss, with_head_balance)

@@ -6,7 +6,8 @@ distance bias). So tau [H] may be learned by more workers than heads, and keeps 
 
 bfloat16 is what it is in one process, autocast: the workers send each other the matrices of the blocks in bfloat16,
 which is what autocast would cast them to, and reduce gradients in float32; residual stream, norms and embedding stay
-float32. Sharding therefore changes the order of sums and nothing else, and with reduction=ordered not even that.
+float32. Sharding therefore changes the order of sums and nothing else, and with reduction=ordered not even that, but
+for the embedding of static_qk: FSDP2 joins the gradients that a block gives its several inputs before they are added.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -86,8 +87,8 @@ def place_model(
 ) -> Transformer:
     """`model` on `device`; with parallel "fsdp" its matrices are sharded over all workers, see `shard_model`.
 
-    A sharded model computes through its own call, `hidden` and `statistics_by_layer`; all workers must make every such
-    call, with or without a batch of their own.
+    A sharded model computes through its own call, `hidden`, `hidden_and_head_mass` and `statistics_by_layer`; all
+    workers must make every such call, with or without a batch of their own.
     """
     if parallel == "fsdp" and world_size > 1:
         shard_model(model, device, world_size, dtype=dtype, ordered=ordered)
@@ -111,7 +112,7 @@ def shard_model(model: Transformer, device: torch.device, world_size: int, *, dt
         register_fsdp_forward_method(block, "statistics")
     # The rest is needed at the end of the forward pass and at the start of the backward pass: kept between.
     fully_shard(model, mesh=mesh, mp_policy=rest, ignored_params=small, reshard_after_forward=False)
-    for method in ("hidden", "statistics_by_layer"):
+    for method in ("hidden", "hidden_and_head_mass", "statistics_by_layer"):
         register_fsdp_forward_method(model, method)
     for module in sharded_modules(model):
         # Losses are divided by the micro-batches of the whole step already.

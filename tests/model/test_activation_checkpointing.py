@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.costs import training_memory
-from lazypipe.model.loss import head_balance, next_token_losses
+from lazypipe.model.loss import next_token_losses
 from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.transformer import Transformer
 from tests.model.peak_memory import needs_linux, peak_mib
@@ -20,13 +20,11 @@ MODES = ("block", "selective")
 
 def gradients(model: Transformer, borders: Tensor | None = None, half: bool = False) -> dict[str, Tensor]:
     model.zero_grad()
-    mass: list[Tensor] | None = [] if model.config.mixer == "sink" else None
+    sink = model.config.mixer == "sink"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = next_token_losses(model, some_tokens(2, 13), cu_seqlens=borders, head_mass=mass).objective
-        if mass is not None:
-            loss = loss + 0.1 * head_balance(mass)
+        losses = next_token_losses(model, some_tokens(2, 13), cu_seqlens=borders, with_head_balance=sink)
+        loss = losses.objective if losses.head_balance is None else losses.objective + 0.1 * losses.head_balance
     loss.backward()  # type: ignore[no-untyped-call]
-    assert mass is None or len(mass) == model.config.num_layers  # the second pass adds nothing
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 

@@ -1,13 +1,11 @@
 """The transformer: parameter counts, initialisation, causality, decoding and the weights it says it uses."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from lazypipe.kernels import lazy_attention
 from lazypipe.model.config import ModelConfig, parameter_count
-from lazypipe.model.mixers.base import AttentionMixer, build_mixer
+from lazypipe.model.mixers.base import AttentionMixer, BlockInputs, build_mixer
 from lazypipe.model.mixers.registry import MIXERS
 from lazypipe.model.rope import apply_rope, rope_tables
 from lazypipe.model.transformer import Transformer, count_parameters
@@ -119,17 +117,18 @@ def test_attention_rows_are_the_weights_the_layer_multiplies_with_v(mixer: str) 
         assert weights.dtype == torch.float32
         assert not weights.requires_grad
         rows[layer].append(weights)
-    x, rope, side = model.enter(tokens)
+    x, inputs, maps = model.enter(tokens)
     with torch.no_grad():
         for index, layer in enumerate(model.layers):
-            side.enter_layer(index)
-            h = layer.mixer_input(x, side)
+            inputs = inputs._replace(maps=maps.get(index))
+            h, mixer_inputs = layer.mixer_inputs(x, inputs)
             weights = torch.cat(rows[index], dim=2)
             assert weights.triu(1).abs().max() == 0
             v = layer.mixer.v_proj(h).unflatten(-1, (2, 8)).transpose(1, 2).repeat_interleave(2, dim=1)
             expected = layer.mixer.o_proj((weights @ v).transpose(1, 2).flatten(2))
-            torch.testing.assert_close(layer.mixer(h, rope, None, replace(side)), expected, rtol=1e-4, atol=1e-4)
-            x = layer(x, rope, None, side)
+            torch.testing.assert_close(layer.mixer(h, mixer_inputs).x, expected, rtol=1e-4, atol=1e-4)
+            outputs = layer(x, inputs)
+            x, inputs = outputs.x, inputs.above(outputs)
 
 
 def test_softmax_has_no_zeros_and_the_lazy_kernel_counts_its_own() -> None:
@@ -153,7 +152,7 @@ def test_qk_norm_fixes_the_length_of_queries_and_keys_before_they_are_rotated() 
         mixer.q_norm.weight.fill_(1.0)
         mixer.k_norm.weight.fill_(2.0)
         x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)) * 5
-        q, k = mixer.queries_and_keys(x, rope_tables(0, 9, 8, 10_000.0, x.device))
+        q, k = mixer.queries_and_keys(x, BlockInputs(rope_tables(0, 9, 8, 10_000.0, x.device)))
         torch.testing.assert_close(q.norm(dim=-1), torch.full((1, 4, 9), 8**0.5))
         torch.testing.assert_close(k.norm(dim=-1), torch.full((1, 2, 9), 2 * 8**0.5))
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.model.mixers.alibi import AlibiAttention, alibi_slopes
+from lazypipe.model.mixers.base import BlockInputs
 from tests.model.oracles import agrees_with
 from tests.model.tiny_model import awake, tiny
 
@@ -39,8 +40,8 @@ def test_nothing_is_rotated() -> None:
     x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).expand(1, 10, 32)
     rope = (torch.full((10, 8), torch.nan), torch.full((10, 8), torch.nan))
     with torch.no_grad():
-        (_, weights), *_ = mixer.attention_rows(x, rope, 10)
-        assert mixer(x, rope).isfinite().all()
+        (_, weights), *_ = mixer.attention_rows(x, BlockInputs(rope), 10)
+        assert mixer(x, BlockInputs(rope)).x.isfinite().all()
     ratios = weights[0, :, 9, 1:] / weights[0, :, 9, :-1]
     expected = torch.tensor(alibi_slopes(4)).exp()[:, None].expand(4, 9)
     torch.testing.assert_close(ratios, expected, rtol=1e-4, atol=0)

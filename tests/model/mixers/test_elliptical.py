@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lazypipe.model.mixers.base import SideInputs
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.rope import apply_rope, rope_tables
 from tests.model.oracles import output_of, weights_of
 from tests.model.tiny_model import awake, some_tokens, tiny
@@ -33,19 +33,18 @@ def test_elliptical_is_its_definition() -> None:
     x = torch.randn(2, 11, 32, generator=generator)
     below = torch.randn(2, 2, 11, 8, generator=generator)
     rope = rope_tables(0, 11, 8, 10_000.0, x.device)
-    side = SideInputs(x, values=below)
+    inputs = BlockInputs(rope, values=below, returns_values=True)
     q, k = mixer.unrotated(x)
     v = mixer.new_values(x)
     m = stretch(v, below)
     m = torch.stack([m[:, head // 2] for head in range(4)], dim=1)
     exact = apply_rope((q.double() * m).float(), rope).double(), apply_rope(k, rope).double()
     expected = weights_of(softmax, *exact)
-    (_, weights), *_ = mixer.attention_rows(x, rope, 11, side)
+    (_, weights), *_ = mixer.attention_rows(x, inputs, 11)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-5)
-    assert side.values is below  # analysing a layer changes nothing for the pass through it
-    out = mixer(x, rope, None, side)
+    out, values, _ = mixer(x, inputs)
     torch.testing.assert_close(out, mixer.project(output_of(expected, v.double()).float()), rtol=1e-4, atol=1e-4)
-    assert torch.equal(side.values, v)
+    assert torch.equal(values, v) and mixer(x, BlockInputs(rope)).values is None
 
 
 def test_one_layer_alone_is_standard_attention_and_two_are_not() -> None:
@@ -63,7 +62,7 @@ def test_the_stretch_carries_no_gradient() -> None:
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
     below = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     rope = rope_tables(0, 6, 8, 10_000.0, x.device)
-    q, _ = mixer.queries_and_keys(x, rope, SideInputs(x, values=below))
+    q, _ = mixer.queries_and_keys(x, BlockInputs(rope, values=below))
     q.square().sum().backward()
     assert below.grad is None and mixer.v_proj.weight.grad is None
     assert mixer.q_proj.weight.grad.abs().sum() > 0
@@ -74,8 +73,8 @@ def test_values_that_do_not_change_leave_the_queries_alone() -> None:
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
     rope = rope_tables(0, 6, 8, 10_000.0, x.device)
     with torch.no_grad():
-        same = SideInputs(x, values=mixer.new_values(x))
-        assert torch.equal(mixer.queries_and_keys(x, rope, same)[0], mixer.queries_and_keys(x, rope)[0])
+        first, same = BlockInputs(rope), BlockInputs(rope, values=mixer.new_values(x))
+        assert torch.equal(mixer.queries_and_keys(x, same)[0], mixer.queries_and_keys(x, first)[0])
 
 
 @pytest.mark.parametrize("pieces", [[1] * 15, [4, 1, 7, 3]], ids=str)

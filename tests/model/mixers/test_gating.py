@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazypipe.model.cache import RecurrentState
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.gating import GatingMixer, running_softmax
 from lazypipe.model.rope import rope_tables
 from tests.model.tiny_model import awake, some_tokens, tiny
@@ -72,7 +73,7 @@ def test_the_layer_is_its_definition(fields: dict[str, object]) -> None:
         e = (own[0] * torch.sigmoid(own[0]) * own[1]).sum(-1) / math.sqrt(8)
         outputs.append(by_hand(e, own[2]))
     expected = torch.cat(outputs, dim=-1) @ mixer.o_proj.weight.double().T
-    out = mixer(x, rope_tables(0, 9, 8, 10_000.0, x.device))
+    out = mixer(x, BlockInputs(rope_tables(0, 9, 8, 10_000.0, x.device))).x
     torch.testing.assert_close(out[0].double(), expected, atol=1e-4, rtol=1e-4)
 
 

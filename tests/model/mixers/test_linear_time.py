@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lazypipe.model.cache import RecurrentState
-from lazypipe.model.mixers.base import TokenMixer
+from lazypipe.model.mixers.base import BlockInputs, TokenMixer
 from lazypipe.model.rope import rope_tables
 from tests.model.tiny_model import awake, tiny
 
@@ -35,9 +35,9 @@ def mixer_of(name: str) -> TokenMixer:
 def work(mixer: TokenMixer, length: int) -> tuple[int, int]:
     """(multiplications and additions of matrix products, numbers written) of one forward and backward pass."""
     x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    rope = rope_tables(0, length, 8, 10_000.0, x.device)
+    inputs = BlockInputs(rope_tables(0, length, 8, 10_000.0, x.device))
     with FlopCounterMode(display=False) as flops, Written() as written:
-        mixer(x, rope).sum().backward()
+        mixer(x, inputs).x.sum().backward()
     return flops.get_total_flops(), written.numbers
 
 
@@ -59,13 +59,13 @@ def test_a_decoding_step_costs_the_same_however_much_came_before(name: str) -> N
     assert isinstance(cache, RecurrentState)
     costs, sizes = set(), set()
     x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
-    rope = rope_tables(0, 1, 8, 10_000.0, x.device)
+    one = BlockInputs(rope_tables(0, 1, 8, 10_000.0, x.device))
     for before in (3, 40, 2000):
-        long = rope_tables(0, before, 8, 10_000.0, x.device)
+        long = BlockInputs(rope_tables(0, before, 8, 10_000.0, x.device))
         mixer(x.expand(1, before, 32), long, cache)
         sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors))
         with FlopCounterMode(display=False) as flops, Written() as written:
-            mixer(x, rope, cache)
+            mixer(x, one, cache)
         costs.add((flops.get_total_flops(), written.numbers))
         sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors))
     assert len(costs) == len(sizes) == 1

@@ -3,6 +3,7 @@
 import torch
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.mlp import MlpMixer
 from lazypipe.model.rope import rope_tables
 from tests.model.tiny_model import awake, some_tokens, tiny
@@ -14,7 +15,7 @@ def test_each_position_is_the_gated_mlp_of_itself() -> None:
     assert isinstance(mixer, MlpMixer)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     gate, up, down = (one.weight.double() for one in (mixer.gate_proj, mixer.up_proj, mixer.down_proj))
-    out = mixer(x, rope_tables(0, 5, 8, 10_000.0, x.device))
+    out = mixer(x, BlockInputs(rope_tables(0, 5, 8, 10_000.0, x.device))).x
     for b in range(2):
         for i in range(5):
             opened = gate @ x[b, i].double()

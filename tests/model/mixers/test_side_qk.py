@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.rope import apply_rope, rope_tables
 from lazypipe.model.transformer import Transformer
 from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
@@ -132,4 +133,4 @@ def test_text_that_is_missing_or_misplaced_is_said() -> None:
         Transformer(tiny("random_qk"), VOCAB).side.set_tokens(torch.arange(32))
     mixer = awake(tiny("random_qk")).layers[0].mixer
     with pytest.raises(ValueError, match=r"an input \[1, 3, 32\] came without them"):
-        mixer(torch.zeros(1, 3, 32), rope_tables(0, 3, 8, 10_000.0, torch.device("cpu")))
+        mixer(torch.zeros(1, 3, 32), BlockInputs(rope_tables(0, 3, 8, 10_000.0, torch.device("cpu"))))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.rope import apply_rope, rope_tables
 from tests.model.tiny_model import awake, some_tokens, tiny
 
@@ -42,4 +43,4 @@ def test_the_hidden_states_change_values_and_not_weights() -> None:
 def test_without_the_embeddings_it_says_what_it_needs() -> None:
     mixer = awake(tiny("static_qk")).layers[0].mixer
     with pytest.raises(ValueError, match=r"static_qk reads the token embeddings of its input \[1, 3, 32\]"):
-        mixer(torch.zeros(1, 3, 32), rope_tables(0, 3, 8, 10_000.0, torch.device("cpu")))
+        mixer(torch.zeros(1, 3, 32), BlockInputs(rope_tables(0, 3, 8, 10_000.0, torch.device("cpu"))))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.stick_breaking import StickBreakingAttention
 from tests.model.oracles import agrees_with
 from tests.model.tiny_model import awake, some_tokens, sparsity_by_layer, tiny
@@ -64,5 +65,5 @@ def test_nothing_is_rotated_and_the_own_key_counts_as_a_zero() -> None:
     model = awake(tiny("stick_breaking"))
     rope = (torch.full((10, 8), torch.nan), torch.full((10, 8), torch.nan))
     with torch.no_grad():
-        assert model.layers[0].mixer(torch.randn(1, 10, 32), rope).isfinite().all()
+        assert model.layers[0].mixer(torch.randn(1, 10, 32), BlockInputs(rope)).x.isfinite().all()
     assert sparsity_by_layer(model, some_tokens(1, 20)) == pytest.approx([20 / 210] * 2)

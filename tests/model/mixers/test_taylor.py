@@ -7,6 +7,7 @@ import torch
 
 from lazypipe.model.cache import RecurrentState
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.mixers.costs import TAYLOR_CHUNK, TAYLOR_STATE_FROM
 from lazypipe.model.mixers.taylor import TaylorAttention
 from lazypipe.model.rope import rope_tables
@@ -97,5 +98,5 @@ def test_the_decoding_state_does_not_grow() -> None:
 def test_positions_enter_by_rope() -> None:
     mixer = mixer_of()
     x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).expand(1, 5, 32)
-    q, k = mixer.queries_and_keys(x, rope_tables(0, 5, 8, 10_000.0, x.device))
+    q, k = mixer.queries_and_keys(x, BlockInputs(rope_tables(0, 5, 8, 10_000.0, x.device)))
     assert mixer.weights(q, k)[0, 0, 4].std() > 1e-3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lazypipe.model.checkpoint import load_checkpoint, save_checkpoint
 from lazypipe.model.config import ModelConfig
-from lazypipe.model.mixers.base import SideInputs
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.rope import rope_tables
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact, UserError
@@ -44,7 +44,7 @@ def by_hand(model: Transformer, tokens: Tensor, keep_mlp: bool) -> Tensor:
     rope = rope_tables(0, tokens.shape[1], config.head_dim, config.rope_theta, x.device)
     for block, mixer in zip(model.layers, config.layer_mixers, strict=True):
         if mixer == "standard":
-            x = x + block.mixer(block.mixer_norm(x), rope, None, SideInputs(x))
+            x = x + block.mixer(block.mixer_norm(x), BlockInputs(rope)).x
         if mixer == "standard" or keep_mlp:
             x = x + block.mlp(block.mlp_norm(x))
     matrix = model.embedding.weight if model.head is None else model.head.weight

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lazypipe.model import loss as model_loss
 from lazypipe.model.checkpoint import load_checkpoint
-from lazypipe.model.loss import head_balance, next_token_loss
+from lazypipe.model.loss import head_balance, next_token_loss, next_token_losses
+from lazypipe.model.mixers.base import BlockInputs
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Artifact
 from lazypipe.stages.data.batches import training_batch
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import TokenizeFacts
-from lazypipe.stages.pretrain import loss as training_losses
 from lazypipe.stages.pretrain import stage as pretrain
 from lazypipe.stages.pretrain.config import PretrainConfig
 from tests.model.tiny_model import awake, some_tokens, tiny
@@ -26,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = [1, 9, 4, 9]
 
 
-def importance(mixer: torch.nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+def importance(mixer: torch.nn.Module, x: Tensor, inputs: BlockInputs, lengths: list[int]) -> Tensor:
     """Imp [H] float64 of the normed layer input x [B, L, hidden], one query and one head at a time."""
-    q, k = (one.double() for one in mixer.queries_and_keys(x, rope))
+    q, k = (one.double() for one in mixer.queries_and_keys(x, inputs))
     totals = []
     for head in range(4):
         gates = []
@@ -54,22 +55,21 @@ def test_value_and_gradient_are_the_definition(packed: bool) -> None:
     model = awake(tiny("sink", num_layers=3, num_kv_heads=2, pattern=[2]))
     tokens = some_tokens(1 if packed else 2, sum(LENGTHS))
     borders = torch.tensor([0, *LENGTHS]).cumsum(0).int() if packed else None
-    mass: list[Tensor] = []
-    logits = model(tokens, cu_seqlens=borders, head_mass=mass)
+    hidden, mass = model.hidden_and_head_mass(tokens, borders)
     assert len(mass) == 2 and all(one.shape == (4,) and one.dtype == torch.float32 for one in mass)
     found = head_balance(mass)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens, cu_seqlens=borders), logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.hidden(tokens, cu_seqlens=borders), hidden, rtol=1e-5, atol=1e-5)
 
-    x, rope, side = model.enter(tokens, cu_seqlens=borders)
+    x, inputs, _ = model.enter(tokens, cu_seqlens=borders)
     expected = torch.zeros((), dtype=torch.float64)
     for layer in model.layers:
-        h = layer.mixer_input(x, side)
+        h, _ = layer.mixer_inputs(x, inputs)
         if layer.index != 1:
             expected = expected + 4 * coefficient_of_variation_squared(
-                importance(layer.mixer, h, rope, LENGTHS if packed else [sum(LENGTHS)])
+                importance(layer.mixer, h, inputs, LENGTHS if packed else [sum(LENGTHS)])
             )
-        x = layer(x, rope, None, side)
+        x = layer(x, inputs).x
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     learned = list(model.parameters())
     wanted, given = (torch.autograd.grad(one, learned, materialize_grads=True) for one in (expected, found))
@@ -89,7 +89,7 @@ def test_it_keeps_no_matrix_for_the_backward_pass_that_the_attention_would_not()
     for asked in (False, True):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            model(some_tokens(1, 512), head_mass=[] if asked else None)
+            (model.hidden_and_head_mass if asked else model.hidden)(some_tokens(1, 512))
         largest[asked] = max(sizes)
     assert largest[True] == largest[False] < 4 * 512 * 512
 
@@ -103,9 +103,8 @@ def test_training_adds_it_and_logs_it_apart(corpus: Artifact, tmp_path: Path) ->
     expected = [0.0, 0.0, 0.0]
     for first in (0, 4):
         windows = torch.from_numpy(training_batch(shards, 32, config.seed, first, 4))
-        mass: list[Tensor] = []
-        loss = next_token_loss(other, windows, head_mass=mass) / 2
-        balance = head_balance(mass) / 2
+        losses_here = next_token_losses(other, windows, with_head_balance=True)
+        loss, balance = losses_here.objective / 2, losses_here.head_balance / 2
         (loss + 3.0 * balance).backward()
         expected = [expected[0] + loss.item(), expected[1] + balance.item(), 0.0]
     assert losses.tolist() == pytest.approx(expected, rel=1e-6) and expected[1] > 0
@@ -123,10 +122,9 @@ def test_training_adds_it_and_logs_it_apart(corpus: Artifact, tmp_path: Path) ->
         assert ("sink_balance_loss" in history[-1]) == (weight > 0)
         trained = load_checkpoint(directory / "output" / "checkpoint").model
         with torch.no_grad():
-            mass = []
-            loss = next_token_loss(trained, windows, head_mass=mass)
-            assert loss.item() == next_token_loss(trained, windows).item()
-            final[weight] = head_balance(mass).item()
+            scored = next_token_losses(trained, windows, with_head_balance=True)
+            assert scored.objective.item() == next_token_loss(trained, windows).item()
+            final[weight] = scored.head_balance.item()
         if weight:
             first = lines[0]["metrics"]
             assert first["loss"] == pytest.approx(expected[0], rel=1e-5)
@@ -138,7 +136,7 @@ def test_without_it_nothing_is_asked_for(corpus: Artifact, tmp_path: Path, monke
     def never(*_: object) -> Tensor:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(training_losses, "head_balance", never)
+    monkeypatch.setattr(model_loss, "head_balance", never)
     pretrain.run(tiny_run("sink", steps=1, warmup_steps=0), {"tokenize": corpus}, context_in(tmp_path / "sink"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -31,11 +31,33 @@ def config(mixer: str, **fields: object) -> PretrainConfig:
     return tiny_run(mixer, **{"steps": STEPS, **batch, **fields})
 
 
+def hybrid(config: PretrainConfig) -> PretrainConfig:
+    """`config` with four layers, every second of them standard attention."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 4, "pattern": "even"})})
+
+
+def sharded(config: PretrainConfig, **fields: object) -> PretrainConfig:
+    return config.model_copy(update={"parallel": "fsdp", **fields})
+
+
+SHORT = {"steps": 8, "reduction": "ordered"}
+# Models whose blocks hand on more than the residual stream: values to the layers above, head masses to the loss.
+HANDING_ON = {
+    "elliptical": config("elliptical", **SHORT),
+    "elliptical-even": hybrid(config("elliptical", **SHORT)),
+    "sink": config("sink", sink_balance=0.5, **SHORT),
+    "sink-even": hybrid(config("sink", sink_balance=0.5, **SHORT)),
+}
+
+
 @pytest.fixture(scope="module")
 def alone(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """The directories of undisturbed one-process runs by (mixer, reduction)."""
+    """The directories of undisturbed one-process runs by (mixer or name, reduction)."""
     base = tmp_path_factory.mktemp("alone")
     runs = {}
+    for name, short in HANDING_ON.items():
+        runs[name, "ordered"] = base / name
+        train_here(corpus.path.parent, Run(runs[name, "ordered"], short))
     for mixer in ("standard", "lazy"):
         for reduction in ("all_reduce", "ordered"):
             runs[mixer, reduction] = base / f"{mixer}-{reduction}"
@@ -56,6 +78,7 @@ def two_workers(corpus: Artifact, tmp_path_factory: pytest.TempPathFactory) -> P
         "lazy-replicate-first": config("lazy", steps=1, warmup_steps=0),
         "lazy-fsdp-first": config("lazy", steps=1, warmup_steps=0, parallel="fsdp"),
     }
+    kinds |= {f"{name}-fsdp": sharded(short) for name, short in HANDING_ON.items()}
     runs = [Run(base / name, entry) for name, entry in kinds.items()]
     runs.append(Run(base / "2-1-2", config("lazy", reduction="ordered"), stop_at=11))
     runs.append(Run(base / "fsdp-1-fsdp", config("lazy", reduction="ordered", parallel="fsdp"), stop_at=11))
@@ -178,6 +201,33 @@ def test_shards_go_with_checkpointed_activations_and_a_chunked_loss(
     assert_same_bits(one.directory, many.directory)
 
 
+@pytest.mark.parametrize("name", HANDING_ON)
+def test_shards_hand_on_values_and_head_masses_as_one_process_does(
+    alone: dict[tuple[str, str], Path], two_workers: Path, name: str
+) -> None:
+    assert_same_bits(alone[name, "ordered"], two_workers / f"{name}-fsdp")
+    assert result_of(two_workers / f"{name}-fsdp")["facts"]["parallel"] == "fsdp"
+    one, two = (history_of(base) for base in (alone[name, "ordered"], two_workers / f"{name}-fsdp"))
+    assert [row.get("sink_balance_loss") for row in one] == [row.get("sink_balance_loss") for row in two]
+    assert ("sink_balance_loss" in two[-1]) == name.startswith("sink")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "block", "selective"])
+def test_shards_hand_on_in_checkpointed_bfloat16_blocks_too(
+    corpus: Artifact, tmp_path: Path, workers: int, activation_checkpointing: str
+) -> None:
+    fields = {"dtype": "bfloat16", "loss_chunk_tokens": 40, "activation_checkpointing": activation_checkpointing}
+    ones = {name: Run(tmp_path / name, short.model_copy(update=fields)) for name, short in HANDING_ON.items()}
+    for run in ones.values():
+        train_here(corpus.path.parent, run)
+    many = {name: Run(tmp_path / f"{name}-many", sharded(run.config)) for name, run in ones.items()}
+    train_on(corpus.path.parent, list(many.values()), workers, tmp_path / "rendezvous")
+    for name, run in many.items():
+        assert_same_bits(ones[name].directory, run.directory)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -200,9 +250,6 @@ def test_fsdp_refuses_what_does_not_pass_block_by_block() -> None:
     for mixer in ("random_qk", "text_qk", "gla"):
         with pytest.raises(ValidationError, match=f"mixer={mixer}.*set parallel: replicate"):
             PretrainConfig.model_validate({"model": {"mixer": mixer}, "parallel": "fsdp"})
-    for fields in ({"model": {"mixer": "elliptical"}}, {"model": {"mixer": "sink"}, "sink_balance": 0.01}):
-        with pytest.raises(ValidationError, match=r"FSDP2 hands each block a copy.*set parallel: replicate"):
-            PretrainConfig.model_validate({**fields, "parallel": "fsdp"})
 
 
 def test_workers_without_a_micro_batch_are_warned_of() -> None:
