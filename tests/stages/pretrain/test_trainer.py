@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lazypipe.model.config import ModelConfig
+from lazypipe.model.mixers.base import TokenMixer
 from lazypipe.stages.contract import Context, DivergedError, Interrupted
 from lazypipe.stages.data.batches import Windows
 from lazypipe.stages.pretrain.checkpoint.state import RunState
@@ -30,11 +31,18 @@ class Bigrams(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.vocab_size, self.config, self.layers = VOCAB, ModelConfig(mixer="gla"), nn.ModuleList()
+        self.mixers: list[TokenMixer] = []
         self.embedding = nn.Embedding(VOCAB, VOCAB, _weight=torch.zeros(VOCAB, VOCAB))
 
+    def hidden(self, tokens: Tensor, **_: Any) -> Tensor:
+        rows: Tensor = self.embedding(tokens)
+        return rows
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def forward(self, tokens: Tensor, **_: Any) -> Tensor:
-        logits: Tensor = self.embedding(tokens)
-        return logits
+        return self.logits(self.hidden(tokens))
 
 
 class ToyBatches:
