@@ -25,7 +25,7 @@ from lazypipe.model.config import ModelConfig, parameter_count
 from lazypipe.model.mixers.costs import kv_size
 from lazypipe.model.mixers.registry import mechanism
 
-# Float32 logits up to this size are formed at once, larger ones in chunks of half of it (model/chunked_loss.py), about
+# Float32 logits up to this size are formed at once, larger ones in chunks of half of it (model/loss.py), about
 # 0.4 GB with a chunk's passing copies. `lazypipe bench loss` times both.
 FULL_LOGITS_BYTES = 2**28
 

@@ -68,7 +68,7 @@ def sources() -> list[Path]:
 
 
 def test_no_module_bears_the_name_of_one_of_the_standard_library() -> None:
-    """Run by path, a file's folder is first on sys.path: a stages/tokenize.py would replace the library's tokenize."""
+    """Run by path, a file's folder is first on sys.path: a tokenize.py there would replace the library's."""
     assert len(sources()) > 30
     named = {path.stem for path in sources()} | {path.name for path in PROJECT.iterdir() if path.is_dir()}
     assert not named & set(sys.stdlib_module_names)

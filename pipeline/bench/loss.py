@@ -1,7 +1,7 @@
 """What forming the logits in chunks costs in time: `lazypipe bench loss [--tokens N] [--vocab-size N] ...`.
 
 Forward and backward of the loss of N tokens over V entries with d channels, float32, in turns: full logits, our chunks
-(model/chunked_loss.py), and torch.nn.functional.linear_cross_entropy with chunks of as many tokens. Prints the median
+(model/loss.py), and torch.nn.functional.linear_cross_entropy with chunks of as many tokens. Prints the median
 seconds of each, and their ratio to full logits with a 95 % interval. Memory: tests/model/test_chunked_loss.py.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lazypipe.model.chunked_loss import losses_in_chunks, losses_of_logits
+from lazypipe.model.loss import losses_in_chunks, losses_of_logits
 from lazypipe.pipeline.bench.options import Parser, check_at_least, exit_code
 from lazypipe.pipeline.bench.timing import interleaved, timed
 

@@ -71,7 +71,7 @@ def load_trained(folder: Path) -> Trained:
     import torch
     from tokenizers import Tokenizer
 
-    from lazypipe.stages.kernel_check import check_inference_kernels
+    from lazypipe.stages.model_checks import check_inference_kernels
 
     if not (folder / TOKENIZER_FILE).is_file() and (folder / CONFIG_FILE).is_file():
         raise UserError(

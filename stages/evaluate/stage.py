@@ -12,7 +12,6 @@ import torch
 
 from lazypipe.model.checkpoint import Checkpoint
 from lazypipe.model.generate import generate
-from lazypipe.stages.baselines import load_model, refuse_baseline
 from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
 from lazypipe.stages.data.batches import count_windows
 from lazypipe.stages.data.shards import TokenShards
@@ -23,7 +22,7 @@ from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.evaluate.probe_sequences import Ids, refuse_small_vocabulary, usable_tokens
 from lazypipe.stages.evaluate.token_bytes import byte_scale, token_byte_counts
 from lazypipe.stages.facts import EvaluateFacts, PretrainFacts, TokenizeFacts
-from lazypipe.stages.kernel_check import check_inference_kernels
+from lazypipe.stages.model_checks import check_inference_kernels, load_model, refuse_baseline
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: Context) -> Outputs[EvaluateFacts]:

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lazypipe.model.chunked_loss import Losses
-from lazypipe.model.loss import next_token_losses
+from lazypipe.model.loss import Losses, next_token_losses
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import Context
 from lazypipe.stages.data.batches import Batches, Windows, document_borders, share_of_worker

@@ -28,11 +28,11 @@ from lazypipe.model.baselines import build_model
 from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.transformer import Transformer, count_parameters
 from lazypipe.stages.attempts import begin_attempt
-from lazypipe.stages.baselines import refuse_baseline
 from lazypipe.stages.contract import METRICS_FILE, Artifact, Context, Outputs, UserError
 from lazypipe.stages.data.batches import Batches, validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import Attempt, PretrainFacts, TokenizeFacts
+from lazypipe.stages.model_checks import refuse_baseline
 from lazypipe.stages.pretrain.checkpoint.saver import CheckpointSaver
 from lazypipe.stages.pretrain.checkpoint.state import last_logged_step, run_identity
 from lazypipe.stages.pretrain.checks import check_compiler, check_kernels, kernel_used, warn_of_settings

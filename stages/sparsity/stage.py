@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages import metrics
-from lazypipe.stages.baselines import load_model
 from lazypipe.stages.contract import Artifact, Context, Outputs, UserError
 from lazypipe.stages.data.batches import validation_windows
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.facts import SparsityFacts
 from lazypipe.stages.figures.by_layer import LayerSeries, by_layer
-from lazypipe.stages.kernel_check import check_inference_kernels
+from lazypipe.stages.model_checks import check_inference_kernels, load_model
 from lazypipe.stages.sparsity.config import SparsityConfig
 from lazypipe.stages.sparsity.figures import DRAWINGS
 from lazypipe.stages.sparsity.measure import Measured, measure

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lazypipe.model.chunked_loss import Losses, losses_in_chunks, losses_of_logits
 from lazypipe.model.costs import FULL_LOGITS_BYTES, logits_chunk
-from lazypipe.model.loss import next_token_losses
+from lazypipe.model.loss import Losses, losses_in_chunks, losses_of_logits, next_token_losses
 from lazypipe.pipeline.bench import loss as loss_bench
 from lazypipe.stages.contract import UserError
 from tests.model.peak_memory import needs_linux, peak_mib

@@ -33,7 +33,7 @@ from lazypipe.stages.evaluate.benchmarks.suites import expand
 from lazypipe.stages.evaluate.benchmarks.tasks import files_of, load_task
 from lazypipe.stages.evaluate.config import EvaluateConfig
 from lazypipe.stages.kept_work import keep, kept, sweep_unfinished, work_key
-from lazypipe.stages.kernel_check import check_inference_kernels
+from lazypipe.stages.model_checks import check_inference_kernels
 from lazypipe.stages.random_states import preserved_random_states
 
 TABLE = "tasks"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import lazypipe.kernels.api
 import lazypipe.kernels.gpu.launch
 import lazypipe.kernels.gpu.preflight
-import lazypipe.stages.kernel_check
+import lazypipe.stages.model_checks
 from lazypipe.kernels.gpu.preflight import inference_preflight
 from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.mixers.lazy import LazyAttention
@@ -22,7 +22,7 @@ from lazypipe.stages.contract import Artifact, UserError
 from lazypipe.stages.evaluate import stage as evaluate
 from lazypipe.stages.evaluate.config import EvaluateConfig, ExtrapolationConfig
 from lazypipe.stages.facts import PretrainFacts, TokenizeFacts
-from lazypipe.stages.kernel_check import check_inference_kernels
+from lazypipe.stages.model_checks import check_inference_kernels
 from lazypipe.stages.pretrain.checks import check_kernels
 from lazypipe.stages.pretrain.config import PretrainConfig
 from lazypipe.stages.sparsity import stage as sparsity
@@ -54,7 +54,7 @@ def auto_means_triton(monkeypatch):
         return backend in ("auto", "triton")
 
     monkeypatch.setattr(lazypipe.kernels.api, "uses_triton", always)
-    monkeypatch.setattr(lazypipe.stages.kernel_check, "uses_triton", always)
+    monkeypatch.setattr(lazypipe.stages.model_checks, "uses_triton", always)
     monkeypatch.setattr(lazypipe.kernels.gpu.preflight, "LENGTH", 40)  # the interpreter is slow
     monkeypatch.setattr(lazypipe.kernels.gpu.preflight, "DOCUMENTS", [0, 1, 12])
     inference_preflight.cache_clear()

@@ -1,14 +1,35 @@
-"""Before a stage computes on a GPU: are the Triton kernels right there, at the model's shape and dtype?"""
+"""Before a stage computes with a model: is what it needs here, and are the Triton kernels right?"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
 from lazypipe.kernels.api import uses_triton
 from lazypipe.kernels.gpu.preflight import Preflight, PreflightError, inference_preflight
+from lazypipe.model.baselines import BaselineError, check_baseline
+from lazypipe.model.checkpoint import Checkpoint, load_checkpoint
+from lazypipe.model.config import ModelConfig
 from lazypipe.model.mixers.registry import mechanism
 from lazypipe.model.transformer import Transformer
 from lazypipe.stages.contract import UserError
+
+
+def refuse_baseline(model: ModelConfig, device: torch.device) -> None:
+    """UserError when `model` is a baseline and its package, or a GPU for it, is missing here."""
+    try:
+        check_baseline(model, device)
+    except BaselineError as error:
+        raise UserError(str(error)) from error
+
+
+def load_model(directory: Path, device: torch.device) -> Checkpoint:
+    """`load_checkpoint`, whose BaselineError becomes a UserError."""
+    try:
+        return load_checkpoint(directory, device)
+    except BaselineError as error:
+        raise UserError(str(error)) from error
 
 
 def check_inference_kernels(model: Transformer, dtype: torch.dtype) -> Preflight | None:
