@@ -18,7 +18,7 @@ help:
 	@echo "make test-long    the wide searches and full matrices as well"
 	@echo "make chaos        runs killed and damaged at random points (SEED=n) end bit for bit as undisturbed ones"
 	@echo "make loss-compare AGAINST=HEAD~1   does training give the same bits as at another commit?"
-	@echo "make lint         ruff, mypy (strict), import directions"
+	@echo "make lint         ruff, mypy (strict; tests without annotations too), import directions"
 	@echo "make format       ruff format and the safe fixes"
 	@echo "make install      only set up .venv"
 

@@ -36,10 +36,10 @@ def curves() -> Curves:
         from lazypipe.stages.pretrain.config import PretrainConfig
         from lazypipe.stages.pretrain.stage import run
     else:  # a revision from before the package `lazypipe`
-        from stages.pretrain_config import PretrainConfig
+        from stages.pretrain_config import PretrainConfig  # type: ignore
 
-        from stages.contract import Context
-        from stages.pretrain import run
+        from stages.contract import Context  # type: ignore
+        from stages.pretrain import run  # type: ignore
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,11 +87,11 @@ def generated_corpus(directory: Path) -> Any:
         from lazypipe.stages.contract import Artifact
         from lazypipe.stages.data.shards import ShardWriter, write_documents
     else:
-        from stages.shards import ShardWriter, write_documents
+        from stages.shards import ShardWriter, write_documents  # type: ignore
 
-        from stages.contract import Artifact
+        from stages.contract import Artifact  # type: ignore
 
-    state, stream = 1, []
+    state, stream = 1, list[int]()
     for _ in range(24_000):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
         previous = stream[-1] if stream else 0
@@ -104,9 +104,9 @@ def generated_corpus(directory: Path) -> Any:
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
     source = {"kind": "files", "fingerprint": "generated", "files": 0, "documents": 0, "skipped_rows": 0, "bytes": 0}
-    split = {"documents": 0, "tokens": 20_000, "bytes": 0, "shards": []}
+    train = {"documents": 0, "tokens": 20_000, "bytes": 0, "shards": []}
     facts = {"vocab_size": VOCAB, "eos_id": 0, "eos_token": "", "token_dtype": "uint16", "source": source}
-    return Artifact(directory, {"facts": {**facts, "splits": {"train": split}}, "metrics": {}})
+    return Artifact(directory, {"facts": {**facts, "splits": {"train": train}}, "metrics": {}})
 
 
 def weights_digest(path: Path) -> str:

@@ -101,5 +101,5 @@ def test_values_of_empty_blocks_are_never_read():
     v[:, :, BLOCK:] = torch.nan
     results = run(p._replace(v=v), "blockwise")
     for name, x, y in zip(NAMES, results, expected, strict=True):
-        torch.testing.assert_close(x.double(), y, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(x.double(), y, atol=1e-3, rtol=1e-3, msg=f"{{}} in {name}".format)
     assert results[3][:, :, BLOCK:].abs().max() == 0, "dv of a value without weight"

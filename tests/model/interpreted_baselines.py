@@ -44,7 +44,7 @@ def main(what: str, argument: str, mixer: str) -> None:
     import fla.ops.common.chunk_h as chunk
 
     for module in (sys.modules[delta.__name__], sys.modules[chunk.__name__]):
-        module.range = lambda *bounds: map(Counter, builtins.range(*bounds))
+        vars(module)["range"] = lambda *bounds: map(Counter, builtins.range(*bounds))
     print(json.dumps(measure(mixer, int(argument)) if what == "model" else through_the_stages(mixer, Path(argument))))
 
 

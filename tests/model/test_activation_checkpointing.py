@@ -15,7 +15,7 @@ from lazypipe.model.transformer import Transformer
 from tests.model.peak_memory import needs_linux, peak_mib
 from tests.model.tiny_model import awake, some_tokens, tiny
 
-MODES = ("block", "selective")
+MODES: tuple[Any, ...] = ("block", "selective")
 
 
 def gradients(model: Transformer, borders: Tensor | None = None, half: bool = False) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def gradients(model: Transformer, borders: Tensor | None = None, half: bool = Fa
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         losses = next_token_losses(model, some_tokens(2, 13), cu_seqlens=borders, with_head_balance=sink)
         loss = losses.objective if losses.head_balance is None else losses.objective + 0.1 * losses.head_balance
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
@@ -46,7 +46,7 @@ def test_gradients_are_the_same_to_the_bit(mixer: str, pattern: str, packed: boo
 
 @pytest.mark.parametrize("mixer", ["standard", "lazy"])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_are_the_same_under_autocast(mode: str, mixer: str) -> None:
+def test_gradients_are_the_same_under_autocast(mode: Any, mixer: str) -> None:
     model = awake(tiny(mixer)).train()
     expected = gradients(model, half=True)
     model.prepare_training(mode)
@@ -69,7 +69,7 @@ def test_selective_repeats_no_product_with_weights(mode: Any, products: int) -> 
     model.prepare_training(mode)
     loss = next_token_losses(model, some_tokens(2, 13)).objective
     with Counter():
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     assert counted == 2 * (7 * model.config.num_layers + 1) + products * model.config.num_layers
 
 
@@ -81,8 +81,8 @@ def training_pass(mixer: str, mode: Any) -> Callable[[], None]:
     model = Transformer(ModelConfig.model_validate({**SHAPE, "mixer": mixer}), VOCAB)
     model.prepare_training(mode)
     windows = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    next_token_losses(model, windows[:1]).objective.backward()  # type: ignore[no-untyped-call]  # torch's code and buffers
-    return lambda: next_token_losses(model, windows).objective.backward()  # type: ignore[no-untyped-call]
+    next_token_losses(model, windows[:1]).objective.backward()  # torch's code and buffers
+    return lambda: next_token_losses(model, windows).objective.backward()
 
 
 @pytest.mark.long

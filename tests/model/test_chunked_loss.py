@@ -125,7 +125,7 @@ def loss_of_many(chunk_tokens: int | None) -> Callable[[], None]:
             losses = losses_of_logits(F.linear(hidden, matrix), targets)
         else:
             losses = losses_in_chunks(hidden, matrix, targets, chunk_tokens)
-        losses.objective.backward()  # type: ignore[no-untyped-call]
+        losses.objective.backward()
 
     return work
 

@@ -41,7 +41,7 @@ def counted(model: Transformer, length: int, backward: bool) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = next_token_loss(model, windows(length))
         if backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     return int(counter.get_total_flops())
 
 

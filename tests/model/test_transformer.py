@@ -1,5 +1,7 @@
 """The transformer: parameter counts, initialisation, causality, decoding and the weights it says it uses."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,8 @@ SIZES = {
     "760M": (1536, 4096, 24, 16, False, 32000, 679_552_512, 728_704_512, 777_856_512, 196_992),
     "1.7B": (2048, 6144, 28, 16, True, 50304, 1_526_850_560, 1_629_873_152, 1_732_895_744, 229_824),
 }
-ATTENTION = [name for name in MIXERS if isinstance(build_mixer(tiny("standard"), name), AttentionMixer)]
+NAMES: tuple[Any, ...] = tuple(MIXERS)
+ATTENTION = [name for name in NAMES if isinstance(build_mixer(tiny("standard"), name), AttentionMixer)]
 
 
 def model_of_size(size: str, mixer: str, tie: bool, pattern: str = "uniform") -> tuple[ModelConfig, int]:
@@ -78,6 +81,8 @@ def test_variants_of_one_seed_start_from_the_same_weights() -> None:
 def test_initial_scales() -> None:
     config = ModelConfig(hidden_size=256, num_layers=2, num_heads=4, mixer="lazy", max_bias_length=512)
     model = Transformer(config, 1000)
+    first: Any
+    second: Any
     first, second = (layer.mixer for layer in model.layers)
     torch.testing.assert_close(first.q_proj.weight.std(), torch.tensor(0.02), rtol=0.02, atol=0)
     torch.testing.assert_close(first.o_proj.weight.std(), torch.tensor(0.01), rtol=0.02, atol=0)
@@ -94,14 +99,15 @@ def test_rope_scores_depend_on_distance_alone() -> None:
     tables = rope_tables(0, 50, 16, 10_000.0, torch.device("cpu"))
 
     def score(i: int, j: int) -> float:
-        at = [tuple(table[p : p + 1] for table in tables) for p in (i, j)]
-        return float((apply_rope(q, at[0]) * apply_rope(k, at[1])).sum())
+        (q_cos, k_cos), (q_sin, k_sin) = ([table[p : p + 1] for p in (i, j)] for table in tables)
+        return float((apply_rope(q, (q_cos, q_sin)) * apply_rope(k, (k_cos, k_sin))).sum())
 
     assert score(30, 13) == pytest.approx(score(17, 0), abs=1e-5)
     assert score(30, 13) != pytest.approx(score(30, 12), abs=1e-3)
     # The definition, pair (1, 9) of position 13: a plane rotation by 13 * theta^(-2/16).
     angle = 13 * 10_000 ** (-2 / 16)
-    rotated = apply_rope(k, tuple(table[13:14] for table in tables)).flatten()
+    cos, sin = (table[13:14] for table in tables)
+    rotated = apply_rope(k, (cos, sin)).flatten()
     plane = torch.tensor(complex(*k.flatten()[[1, 9]].tolist())) * torch.polar(torch.ones(()), torch.tensor(angle))
     torch.testing.assert_close(rotated[[1, 9]], torch.view_as_real(plane))
 
@@ -111,12 +117,12 @@ def test_attention_rows_are_the_weights_the_layer_multiplies_with_v(mixer: str) 
     model = awake(tiny(mixer, num_kv_heads=2))
     tokens = some_tokens(2, 21)
     rows: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    for layer, start, weights in model.attention_rows(tokens, query_block=8):
-        assert start == 8 * len(rows[layer])
+    for number, start, weights in model.attention_rows(tokens, query_block=8):
+        assert start == 8 * len(rows[number])
         assert weights.shape == (2, 4, min(8, 21 - start), 21)
         assert weights.dtype == torch.float32
         assert not weights.requires_grad
-        rows[layer].append(weights)
+        rows[number].append(weights)
     x, inputs, maps = model.enter(tokens)
     with torch.no_grad():
         for index, layer in enumerate(model.layers):

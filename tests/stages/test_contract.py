@@ -33,7 +33,8 @@ def test_metrics_are_appended_and_non_finite_values_are_left_out(tmp_path: Path)
     import numpy as np
 
     context = context_in(tmp_path)
-    context.log_metrics(0, {"loss": 4.5, "lr": np.float32(0.5), "bad": math.nan, "far": math.inf, "low": -math.inf})
+    metrics: dict[str, Any] = {"loss": 4.5, "lr": np.float32(0.5), "bad": math.nan, "far": math.inf, "low": -math.inf}
+    context.log_metrics(0, metrics)
     context.log_metrics(1, {"loss": 4})
     lines = [json.loads(line) for line in (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["metrics"]) for line in lines] == [(0, {"loss": 4.5, "lr": 0.5}), (1, {"loss": 4.0})]

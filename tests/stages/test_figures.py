@@ -20,6 +20,9 @@ from lazypipe.stages.metrics import SINK, SPARSITY
 from lazypipe.stages.report.figures import LossCurve, loss_curves, smoothed
 from lazypipe.stages.sparsity import figures
 
+assert SPARSITY.by_layer is not None and SINK.by_layer is not None
+SPARSITY_BY_LAYER, SINK_BY_LAYER = SPARSITY.by_layer, SINK.by_layer
+
 
 def pixels(figure: Figure) -> np.ndarray:
     """Render without any warning; RGB values [height, width, 3] in 0 ... 1."""
@@ -71,7 +74,7 @@ def test_tau_map_is_centred_on_the_initial_value() -> None:
 
 def test_layer_figure_draws_the_mean_over_heads_and_its_baseline() -> None:
     values = np.array([[0.2, 0.4], [0.6, np.nan], [np.nan, np.nan]])
-    figure = by_layer([LayerSeries("lazy", values, np.full((3, 2), 0.5))], SPARSITY.by_layer)
+    figure = by_layer([LayerSeries("lazy", values, np.full((3, 2), 0.5))], SPARSITY_BY_LAYER)
     lines = [line.get_ydata() for line in figure.get_axes()[0].lines]
     assert any(np.allclose(line, [0.3, 0.6, np.nan], equal_nan=True) for line in lines)
     assert any(np.allclose(line, 0.5) for line in lines)
@@ -83,7 +86,8 @@ def test_loss_curves_mark_validation_and_the_unigram_entropy() -> None:
     curve = LossCurve("lazy", steps, 7.0 - steps / 50, [(50, 6.0), (100, 5.0)])
     figure = loss_curves([curve], unigram_entropy=6.4)
     whole, late = figure.get_axes()
-    assert any(np.allclose(line.get_ydata(), [6.0, 5.0]) for line in whole.lines if len(line.get_ydata()) == 2)
+    marks = [np.asarray(line.get_ydata()) for line in whole.lines]
+    assert any(np.allclose(mark, [6.0, 5.0]) for mark in marks if len(mark) == 2)
     assert any(np.allclose(line.get_ydata(), 6.4) for line in whole.lines)
     assert late.get_ylim()[0] < 5.0 and late.get_ylim()[1] > 6.0
 
@@ -113,8 +117,8 @@ def test_smoothing_is_the_mean_of_the_last_known_points(loss: list[float], most_
         lambda: figures.tau_heat_map(np.linspace(-1, 0, 40 * 16).reshape(40, 16), -1.0),
         lambda: figures.bias_curves(np.zeros((1, 1, 1))),
         lambda: figures.bias_curves(np.ones((7, 20, 5))),
-        lambda: by_layer([LayerSeries("standard", np.zeros((1, 1)))], SINK.by_layer),
-        lambda: by_layer([LayerSeries(f"v{i}", np.full((2, 2), i / 20)) for i in range(20)], SINK.by_layer),
+        lambda: by_layer([LayerSeries("standard", np.zeros((1, 1)))], SINK_BY_LAYER),
+        lambda: by_layer([LayerSeries(f"v{i}", np.full((2, 2), i / 20)) for i in range(20)], SINK_BY_LAYER),
         lambda: loss_curves([], None),
         lambda: loss_curves([LossCurve("diverged", np.array([1]), np.array([np.nan]))], 6.0),
         lambda: loss_curves([LossCurve("empty", np.array([]), np.array([]))], 6.0),

@@ -1,7 +1,9 @@
 """Lanes: the blockwise backend's tasks on cores of their own, with nothing else to notice."""
 
+import functools
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +63,8 @@ def test_callers_that_overlap_leave_the_switch_interval_as_it_was():
     before, meeting = sys.getswitchinterval(), threading.Barrier(2)
 
     def caller():
-        run_side_by_side([lambda: meeting.wait(timeout=10), lambda: None])
+        meet: Any = functools.partial(meeting.wait, timeout=10)
+        run_side_by_side([meet, lambda: None])
 
     callers = [threading.Thread(target=caller) for _ in range(2)]
     for thread in callers:

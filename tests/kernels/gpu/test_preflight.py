@@ -8,6 +8,7 @@ import torch
 import lazypipe.kernels.gpu.decode
 import lazypipe.kernels.gpu.preflight
 import lazypipe.kernels.oracle
+from lazypipe.kernels import lazy_attention
 from lazypipe.kernels.gpu.preflight import PreflightError, preflight
 from lazypipe.kernels.oracle import BOUNDS
 
@@ -31,7 +32,7 @@ def test_triton_passes_and_names_its_tiles(monkeypatch):
 
 @pytest.mark.parametrize("spoil", [1.01, float("nan")])
 def test_a_wrong_kernel_is_refused(monkeypatch, spoil):
-    true = lazypipe.kernels.oracle.lazy_attention
+    true = lazy_attention
 
     def wrong(*args, **options):
         out = true(*args, **options)

@@ -15,6 +15,7 @@ import lazypipe.kernels.gpu.launch
 import lazypipe.kernels.gpu.preflight
 import lazypipe.stages.model_checks
 from lazypipe.kernels.gpu.preflight import inference_preflight
+from lazypipe.kernels.gpu.toeplitz import bias_tiles
 from lazypipe.model.checkpoint import save_checkpoint
 from lazypipe.model.mixers.lazy import LazyAttention
 from lazypipe.model.transformer import Transformer
@@ -65,7 +66,7 @@ def auto_means_triton(monkeypatch):
 @pytest.fixture
 def transposed_bias(monkeypatch):
     """Bias tiles as the kernels read them before: their two dimensions in memory the other way round."""
-    true = lazypipe.kernels.gpu.launch.bias_tiles
+    true = bias_tiles
 
     def wrong(*args, **options):
         tiles = true(*args, **options)

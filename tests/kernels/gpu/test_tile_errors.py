@@ -10,6 +10,7 @@ from lazypipe.kernels import lazy_attention
 from lazypipe.kernels.gpu.launch import Saved, launch_bias, launch_forward, launch_key, launch_query
 from lazypipe.kernels.gpu.tile_errors import NARROW_WINDOW, cases_for, errors_of, main, problem_length, problems_for
 from lazypipe.kernels.gpu.tiles import KERNELS, default_tile, fits, forced_tiles, padded_dim, shipped_tiles
+from lazypipe.kernels.gpu.toeplitz import bias_tiles
 from lazypipe.kernels.oracle import BOUNDS
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_the_cases_hold_every_tile_that_ships(dim, dtype, by_blocks):
 
 def test_a_transposed_bias_is_found(monkeypatch):
     """What the kernels read before: tiles whose two dimensions lie in memory the other way round."""
-    true = lazypipe.kernels.gpu.launch.bias_tiles
+    true = bias_tiles
     monkeypatch.setattr(
         lazypipe.kernels.gpu.launch, "bias_tiles", lambda *args, **options: as_if_transposed(true(*args, **options))
     )
@@ -106,7 +107,7 @@ def test_what_a_kernel_cannot_index_is_refused(monkeypatch):
     forward = case.tiles["forward"]._replace(block_m=32)
     with forced_tiles({"forward": forward}), pytest.raises(RuntimeError, match=r"mask words has shape"):
         launch_query(saved, True)
-    true = lazypipe.kernels.gpu.launch.bias_tiles
+    true = bias_tiles
     monkeypatch.setattr(
         lazypipe.kernels.gpu.launch, "bias_tiles", lambda *args, **options: every_other(true(*args, **options))
     )
@@ -129,10 +130,9 @@ def test_expanded_inputs_and_gradients(backend):
     q = problem.q.clone().requires_grad_()
     found = []
     for one, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        inputs = [q.to(dtype), problem.k.to(dtype), problem.v.to(dtype)]
         out = lazy_attention(
-            *inputs, row.to(dtype).expand(2, -1), tau.to(dtype).expand(2), cu_seqlens=problem.cu_seqlens,
-            backend=one,
+            q.to(dtype), problem.k.to(dtype), problem.v.to(dtype),
+            row.to(dtype).expand(2, -1), tau.to(dtype).expand(2), cu_seqlens=problem.cu_seqlens, backend=one,
         )  # fmt: skip
         found.append([out, *torch.autograd.grad(out.sum(), (q, row, tau))])
     for x, y in zip(*found, strict=True):
@@ -146,7 +146,7 @@ def as_if_transposed(tiles):
 @pytest.mark.parametrize(("seeded", "code"), [(False, 0), (True, 1)])
 def test_the_command_prints_the_table_and_says_whether_it_holds(monkeypatch, capsys, seeded, code):
     if seeded:
-        true = lazypipe.kernels.gpu.launch.bias_tiles
+        true = bias_tiles
         monkeypatch.setattr(
             lazypipe.kernels.gpu.launch, "bias_tiles", lambda *args, **options: as_if_transposed(true(*args, **options))
         )

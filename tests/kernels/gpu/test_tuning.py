@@ -71,7 +71,7 @@ def test_tuning_keeps_the_fastest_and_passes_over_what_does_not_fit(monkeypatch)
     }
     for kernel in KERNELS:
         monkeypatch.setitem(CANDIDATES, (kernel, 16, True), tiles[kernel])
-    seen = []
+    seen: list[int] = []
 
     def time_call(call):
         call()  # the candidate really runs

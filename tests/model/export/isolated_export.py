@@ -55,7 +55,8 @@ def run(folder, inputs):
         found[f"long_{side}"] = padded.logits
     found["last"] = model(tokens, logits_to_keep=1).logits
 
-    steps, cache = [], None
+    steps: list[torch.Tensor] = []
+    cache = None
     for start, end in [(0, 7), (7, 8), (8, 13), *((i, i + 1) for i in range(13, tokens.shape[1]))]:
         step = model(tokens[:, start:end], past_key_values=cache)
         steps, cache = [*steps, step.logits], step.past_key_values
@@ -74,14 +75,16 @@ def run(folder, inputs):
     as_tuple = model(tokens, labels=inputs["labels"], return_dict=False)
     assert torch.equal(as_tuple[0][None], found["loss"])
 
-    more = {"max_new_tokens": 8}
-    found["greedy"] = model.generate(tokens, do_sample=False, **more)
-    found["greedy_padded"] = model.generate(ragged, attention_mask=mask, do_sample=False, **more)
+    length = {"max_new_tokens": 8}
+    found["greedy"] = model.generate(tokens, do_sample=False, **length)
+    found["greedy_padded"] = model.generate(ragged, attention_mask=mask, do_sample=False, **length)
     for name, options in {"beams": {"num_beams": 3}, "sampled": {"do_sample": True, "top_k": 5}}.items():
         for cached in (True, False):
             torch.manual_seed(3)
-            found[f"{name}_{cached}"] = model.generate(ragged, attention_mask=mask, use_cache=cached, **options, **more)
-    beams = model.generate(ragged, attention_mask=mask, num_beams=3, num_return_sequences=2, **more)
+            found[f"{name}_{cached}"] = model.generate(
+                ragged, attention_mask=mask, use_cache=cached, **options, **length
+            )
+    beams = model.generate(ragged, attention_mask=mask, num_beams=3, num_return_sequences=2, **length)
     assert len(beams) == 2 * len(ragged)
 
     again = folder.with_name(folder.name + "_again")
@@ -93,7 +96,7 @@ def run(folder, inputs):
     kept = {name for name, value in half.named_parameters() if value.dtype == torch.float32}
     assert kept == {name for name, _ in half.named_parameters() if name.endswith(("mixer.tau", "mixer.bias"))}
     found["half"] = half(tokens).logits.float()
-    found["half_generated"] = half.generate(ragged, attention_mask=mask, do_sample=False, **more)
+    found["half_generated"] = half.generate(ragged, attention_mask=mask, do_sample=False, **length)
     fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True).train()
     for p, q in zip(fresh.parameters(), model.parameters(), strict=True):
         assert p.shape == q.shape

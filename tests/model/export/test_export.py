@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.model.tiny_model import VOCAB, awake, some_tokens, tiny
 
 PROJECT = Path(__file__).parents[3]
 EOS = 0
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "uniform": {"num_layers": 3},
     "even": {"num_layers": 4, "pattern": "even", "tie_embeddings": False, "num_kv_heads": 2, "qk_norm": True},
 }
@@ -38,7 +39,9 @@ LONG = 300  # beyond max_seq_len = 32, W = 8, the 63 tokens from which taylor us
 
 def config_of(case: str) -> ModelConfig:
     mixer, shape = case.split("-")
-    extra = {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": False} if case == "standard-uniform" else {}
+    extra: dict[str, Any] = (
+        {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": False} if case == "standard-uniform" else {}
+    )
     return tiny(mixer, **{**SHAPES[shape], **extra})
 
 
@@ -234,7 +237,7 @@ def test_what_the_model_is_given_wrongly_is_said() -> None:
     from lazypipe.model.export.configuration_lazypipe import LazypipeConfig
     from lazypipe.model.export.modeling_lazypipe import LazypipeForCausalLM
 
-    small = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 2, "max_position_embeddings": 6}
     with pytest.raises(ValueError, match=r"layer_mixers=\['swa'\]"):
         LazypipeConfig(**small, layer_mixers=["swa"])

@@ -17,7 +17,7 @@ from tests.model.oracles import agrees_with
 from tests.model.test_transformer import SIZES, model_of_size
 from tests.model.tiny_model import VOCAB, awake, some_tokens, sparsity_by_layer, tiny
 
-CONSTANT = {"lazy_threshold": "constant", "tau_init": -0.1}
+CONSTANT: dict[str, Any] = {"lazy_threshold": "constant", "tau_init": -0.1}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no_bias": {"lazy_bias": False},
     "no_rope": {"lazy_rope": False},

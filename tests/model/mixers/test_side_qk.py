@@ -1,6 +1,7 @@
 """random_qk and text_qk against the paper's way of computing them, the side sequence as one more row of the batch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,9 @@ def test_inputs_beyond_the_side_sequence_are_refused() -> None:
 
 
 def test_the_random_sequence_is_of_the_seed_and_no_parameter() -> None:
-    vectors = [Transformer(tiny("random_qk", hidden_size=256), VOCAB, seed).side.vectors for seed in (3, 3, 4)]
+    vectors: list[Any] = [
+        Transformer(tiny("random_qk", hidden_size=256), VOCAB, seed).side.vectors for seed in (3, 3, 4)
+    ]
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
     assert vectors[0].shape == (32, 256) and not vectors[0].requires_grad
     torch.testing.assert_close(vectors[0].std(), torch.tensor(0.02), rtol=0.03, atol=0)

@@ -7,6 +7,7 @@ import pytest
 
 from lazypipe.pipeline.bench import pretrain as pretrain_bench
 from lazypipe.pipeline.bench.pretrain import main
+from lazypipe.pipeline.bench.pretrain_loops import bare_loop
 from lazypipe.stages.contract import UserError
 
 TINY = ["--turns", "2", "--steps", "2", "--hidden-size", "32", "--num-layers", "1", "--num-heads", "2"]
@@ -31,7 +32,7 @@ def test_all_loops_train_the_same_and_are_compared(tmp_path: Path, capsys: pytes
 
 
 def test_loops_that_train_different_things_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = pretrain_bench.bare_loop
+    honest = bare_loop
 
     def other(config: object, *arguments: object) -> object:
         return honest(config.model_copy(update={"seed": 5}), *arguments)  # type: ignore[attr-defined, arg-type]

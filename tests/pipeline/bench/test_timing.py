@@ -1,5 +1,6 @@
 """The timer: turns, warm-up, and an interval that holds the median as often as it says."""
 
+import functools
 import random
 import time
 
@@ -23,7 +24,7 @@ def test_alternatives_take_turns_and_the_first_round_does_not_count() -> None:
 
 def test_the_calls_of_one_measure_come_in_turn_and_only_they_are_timed() -> None:
     called: list[int] = []
-    measure = timed([lambda i=i: called.append(i) for i in range(3)], prepare=lambda: time.sleep(0.05))
+    measure = timed([functools.partial(called.append, i) for i in range(3)], prepare=lambda: time.sleep(0.05))
     times = interleaved({"x": measure}, 5, warm_up=2)
     assert called == [0, 1, 2, 0, 1, 2, 0]
     assert 0 <= times.median("x") < 0.05

@@ -41,7 +41,8 @@ class Cluster:
     log: Path
 
     def submit(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return lazypipe("submit", *arguments, "--address", self.dashboard, **self.environment(), **environment)
+        variables: dict[str, Any] = {**self.environment(), **environment}
+        return lazypipe("submit", *arguments, "--address", self.dashboard, **variables)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -159,7 +160,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_a_job_with_no_or_a_wrong_token_is_refused(cluster: Cluster) -> None:
-    for wrong in ({"RAY_AUTH_TOKEN": cluster.token}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}):
+    tokens: list[dict[str, Any]] = [
+        {"RAY_AUTH_TOKEN": cluster.token},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"},
+    ]
+    for wrong in tokens:
         result = lazypipe("submit", cluster.config, "--address", cluster.dashboard, **wrong)
         assert result.returncode == 2, result
         assert "RAY_AUTH_MODE=token" in result.stderr and "RAY_AUTH_TOKEN_PATH" in result.stderr

@@ -100,7 +100,16 @@ def as_json(*arguments: str | Path, stdin: str = "") -> dict[str, Any]:
 
 def test_streamed_text_is_the_text_of_the_tokens(checkpoints: Path) -> None:
     state = torch.get_rng_state()
-    options = [checkpoints / "lazy", "the naïve 鯨", "--max-new-tokens", "20", "--top-p", "0.9", "--seed", "4"]
+    options: list[str | Path] = [
+        checkpoints / "lazy",
+        "the naïve 鯨",
+        "--max-new-tokens",
+        "20",
+        "--top-p",
+        "0.9",
+        "--seed",
+        "4",
+    ]
     streamed = said(*options)
     row = as_json(*options)["continuations"][0]
     assert streamed == row["prompt"] + row["text"] + "\n"
@@ -124,7 +133,7 @@ def test_prompts_and_samples_do_not_depend_on_each_other(checkpoints: Path) -> N
 
 def test_prompts_come_from_arguments_files_and_standard_input(checkpoints: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("of the\nwind\n", encoding="utf-8")
-    options = [checkpoints / "lazy", "--max-new-tokens", "3", "--temperature", "0"]
+    options: list[str | Path] = [checkpoints / "lazy", "--max-new-tokens", "3", "--temperature", "0"]
     rows = as_json(*options, "the end", "--prompt-file", tmp_path / "prompts.txt", "--unprompted")["continuations"]
     assert [row["prompt"] for row in rows] == ["the end", "of the", "wind", ""]
     piped = as_json(*options, "--prompt-file", "-", stdin="of the\nwind\n")["continuations"]

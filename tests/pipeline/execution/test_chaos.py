@@ -119,7 +119,8 @@ def test_one_run_through_every_accident(tmp_path: Path, chaos_seed: int) -> None
             assert process.wait(60) == 143, log.read_text()
         else:
             if accident == "disk full":
-                train_on_a_full_disk(process.pid, scratch, *new(), EVERY, running)
+                (metrics,) = new()
+                train_on_a_full_disk(process.pid, scratch, metrics, EVERY, running)
             process.kill()
             process.wait()
         said = damage_newest(scratch, accident, rng) if accident in ("flip", "truncate", "manifest") else ""

@@ -202,7 +202,7 @@ def test_variants_with_the_same_recipe_run_once(tmp_path: Path, force: tuple[str
     for stage in ("pretrain", "evaluate", "sparsity"):
         assert done.outcomes[f"{stage}/a"].generation == done.outcomes[f"{stage}/b"].generation
         assert {done.states()[f"{stage}/a"], done.states()[f"{stage}/b"]} == {"done", "cached"}
-    assert ("link", "pretrain/b", done.outcomes["pretrain/b"].generation.id) in done.tracker.calls  # type: ignore[union-attr]
+    assert ("link", "pretrain/b", done.outcomes["pretrain/b"].generation.id) in done.tracker.calls
     assert walked(store, FakeBackend(), sections=TWINS).backend.started == []
 
 
@@ -232,7 +232,7 @@ def test_a_half_written_generation_is_removed_with_a_warning_and_its_checkpoints
     assert corpus is not None
     scratch = entry.open_scratch({"tokenize": corpus.id}, fresh=False)
     (scratch / "checkpoints" / "step-00000010").mkdir(parents=True)
-    resumed = []
+    resumed: list[Any] = []
 
     def resume(_backend: FakeBackend, task: StageTask, paths: Sequence[str]) -> str:
         resumed.extend(p.name for p in (task.entry / "scratch" / "checkpoints").iterdir())

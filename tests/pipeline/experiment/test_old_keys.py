@@ -61,6 +61,7 @@ def test_a_variants_own_old_lengths_keep_the_rest_of_the_section() -> None:
 
 
 def test_values_that_were_refused_still_are() -> None:
+    old: dict[str, Any]
     for old in ({"context_lengths": 8}, {"context_lengths": []}, {"extrapolation": {"lengths": 8}}):
         with (
             pytest.warns(OldKeyWarning),
@@ -80,9 +81,11 @@ def test_the_command_line_says_it_in_one_line(
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, category, *place, **_: sys.stderr.write(
-            warnings.formatwarning(message, category, *place)
-        )
+
+        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+        monkeypatch.setattr(warnings, "showwarning", show)
         cli.main()
     output = capsys.readouterr()
     assert ended.value.code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,13 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     from lazypipe.pipeline.execution.run import make_plan
     from lazypipe.pipeline.experiment.schema import load_experiment
-    from lazypipe.pipeline.planning import preflight
     from lazypipe.pipeline.planning.plan import Selection
+    from lazypipe.pipeline.planning.preflight import check_disk
     from lazypipe.stages.contract import UserError
 
     experiment = load_experiment(write_experiment(tmp_path))
     plan, corpus_bytes = make_plan(experiment, tmp_path / "output", Selection(), full_check=False)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(UserError, match=r"not enough disk space below .*pretrain/lazy .* MiB.*1 MiB free"):
-        preflight.check_disk(plan, tmp_path / "output", corpus_bytes)
+        check_disk(plan, tmp_path / "output", corpus_bytes)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from lazypipe.model.config import ModelConfig
 from lazypipe.pipeline.experiment.resources import StageResources, WorkerResources, resources_model
@@ -76,8 +77,8 @@ def test_flat_keys_of_a_variant_go_to_the_model_or_to_pretraining() -> None:
     experiment = small(variants=variants, evaluate={"top_k": 5})
     a, b = (experiment.config(PretrainConfig, name) for name in "ab")
     assert (a.model.num_heads, a.lr, b.model.num_heads, b.lr) == (4, 1e-3, 2, 2e-3)
-    a, b = (experiment.config(EvaluateConfig, name) for name in "ab")
-    assert (a.temperature, a.top_k, b.temperature, b.top_k) == (0.5, 5, 0.8, 5)
+    one, other = (experiment.config(EvaluateConfig, name) for name in "ab")
+    assert (one.temperature, one.top_k, other.temperature, other.top_k) == (0.5, 5, 0.8, 5)
 
 
 def test_a_key_of_two_sections_reaches_only_the_one_it_is_written_in() -> None:
@@ -102,11 +103,12 @@ def test_seeds_come_from_the_experiment_unless_set_nearer() -> None:
 
 
 def test_ablations_of_the_section_reach_the_hybrids_only() -> None:
-    variants = {"lazy": {"mixer": "lazy"}, "standard": {"pattern": "even"}, "half": {"mixer": "lazy", "pattern": [1]}}
+    half: dict[str, Any] = {"mixer": "lazy", "pattern": [1]}
+    variants = {"lazy": {"mixer": "lazy"}, "standard": {"pattern": "even"}, "half": half}
     experiment = small(evaluate={"ablations": ["skip"]}, variants=variants)
     asked = {name: experiment.config(EvaluateConfig, name).ablations for name in experiment.variants}
     assert asked == {"lazy": (), "standard": (), "half": ("skip",)}
-    assert small(variants={"half": {**variants["half"], "evaluate": {"ablations": ["skip"]}}}).variants
+    assert small(variants={"half": {**half, "evaluate": {"ablations": ["skip"]}}}).variants
     with pytest.raises(
         UserError, match=r"variants.lazy.evaluate.ablations: \['skip'\] takes out .* is lazy; they are for hybrids"
     ):
@@ -123,7 +125,8 @@ def test_model_pretrain_and_evaluate_names_are_disjoint() -> None:
 
 def test_every_field_of_every_config_says_what_it_is() -> None:
     sections = (Storage, resources_model(STAGES), StageResources, WorkerResources)
-    for model in (*STAGE_CONFIGS.values(), ModelConfig, *sections):
+    models: list[type[BaseModel]] = [*STAGE_CONFIGS.values(), ModelConfig, *sections]
+    for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lazypipe.pipeline.store import lease
@@ -107,7 +109,7 @@ def test_a_killed_process_nobody_waited_for_holds_nothing(tmp_path: Path) -> Non
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         here = myself("x")
-        started = lease.psutil.Process(process.pid).create_time()
+        started = psutil.Process(process.pid).create_time()
         holder = replace(here, pid=process.pid, started=started, token="other")
         assert is_alive(holder)
         process.kill()
@@ -170,7 +172,7 @@ VALID: dict[str, Any] = {"host": "h", "pid": 1, "started": 0.0, "token": "t", "c
     ],
 )
 def test_a_damaged_lease_file_holds_nothing(tmp_path: Path, text: str) -> None:
-    (tmp_path / "lease.json").write_text(text.replace('"h"', json.dumps(lease.socket.gethostname())))
+    (tmp_path / "lease.json").write_text(text.replace('"h"', json.dumps(socket.gethostname())))
     me = myself("x")
     assert read_holder(tmp_path) is None and living_holder(tmp_path) is None and not held_by(tmp_path, "t")
     release(tmp_path, me)

@@ -11,6 +11,7 @@ import pytest
 
 from lazypipe.pipeline.store import store as store_module
 from lazypipe.pipeline.store.store import MANIFEST, Entry, Generation, Store, read_generation
+from lazypipe.stages.contract import write_atomically
 
 PRINT = "0123456789abcdef" * 4
 BODY: dict[str, Any] = {"fingerprint": PRINT, "inputs": {}, "metrics": {"loss": 1.5}, "facts": {}, "config": {}}
@@ -83,7 +84,7 @@ def test_a_crash_while_committing_leaves_the_earlier_generation_valid(
     entry = committed(tmp_path)[0] if has_earlier else entry_in(tmp_path)
     name = entry.next_generation()
     fill(entry, name, "second")
-    write = store_module.write_atomically
+    write = write_atomically
 
     def crash(path: Path, text: str) -> None:
         if path.name == crash_at:
@@ -118,7 +119,7 @@ def test_the_files_are_complete_before_the_manifest_and_the_manifest_before_curr
     entry = entry_in(tmp_path)
     directory = fill(entry, "g0001", "x")
     written = []
-    write = store_module.write_atomically
+    write = write_atomically
 
     def watch(path: Path, text: str) -> None:
         written.append(path.name)

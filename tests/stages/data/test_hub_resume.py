@@ -30,7 +30,7 @@ def dataset(tmp_path, monkeypatch) -> tuple[Path, list[str | None]]:
 
 def copy(source: HubSource, scratch: Path) -> list[Path]:
     scratch.mkdir(exist_ok=True)
-    return [file.path for file in copy_to_parquet(source, Context(scratch, scratch))]
+    return [Path(file.path) for file in copy_to_parquet(source, Context(scratch, scratch))]
 
 
 def rows(files: list[Path]) -> list[str | None]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 import lazypipe.stages.data.remote as remote
 import lazypipe.stages.data.source_files as source_files
 from lazypipe.stages.contract import UserError, file_sha256
+from lazypipe.stages.data.sources import FilesSource
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.identity import check_source, corpus_fingerprint, source_identity
 from lazypipe.stages.tokenization.upload import check_target, copy_corpus
@@ -45,7 +47,7 @@ def base(request, tmp_path, monkeypatch) -> str:
     def filesystem_of(uri: str, key: str | None = None):
         if not uri.startswith("s3://"):
             return real(uri, key)
-        return below, remote.unquote(uri.removeprefix("s3://").split("?")[0])
+        return below, unquote(uri.removeprefix("s3://").split("?")[0])
 
     for module in ("lazypipe.stages.data.remote", "lazypipe.stages.tokenization.upload"):
         monkeypatch.setattr(f"{module}.filesystem_of", filesystem_of)
@@ -60,7 +62,9 @@ def test_a_remote_corpus_is_the_local_one(tmp_path, base):
     local = tmp_path / "remote/bucket"
     here = source(str(local / "a file.txt"), str(local / "deep/**/*.jsonl*"), str(local / "deep/er/d.parquet"))
     there = source(f"{base}/a%20file.txt", f"{base}/deep/**/*.jsonl*", f"{base}/deep/er/d.parquet")
-    names = [remote.file_name(f.path) for f in source_files.source_files(TokenizeConfig(source=there).source)]
+    config = TokenizeConfig.model_validate({"source": there}).source
+    assert isinstance(config, FilesSource)
+    names = [remote.file_name(f.path) for f in source_files.source_files(config)]
     assert names == ["a file.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"]
     for shard_bytes in (2**26, 4096):
         expected, output = tokenize(tmp_path / f"here-{shard_bytes}", here, shard_bytes=shard_bytes)

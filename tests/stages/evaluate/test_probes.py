@@ -83,13 +83,13 @@ def test_the_needle_stands_at_its_depth_in_text_that_stays(shards: TokenShards) 
 
 @pytest.mark.parametrize("kind", PROBES)
 def test_sequences_depend_on_seed_kind_length_and_number_alone(kind: str, shards: TokenShards) -> None:
-    before = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    before = np.random.get_state()[1].copy()
     one = made(config_of(), shards, kind, number=3)
     again = made(config_of(sequences=50, lengths=[60]), shards, kind, number=3)
     assert (one.tokens == again.tokens).all() and (one.control == again.control).all()
     others = [made(config_of(seed=1), shards, kind, number=3), made(config_of(), shards, kind, number=4)]
     assert all((one.tokens != other.tokens).any() for other in others)
-    assert (np.random.get_state()[1] == before).all()  # type: ignore[index]
+    assert (np.random.get_state()[1] == before).all()
 
 
 def test_a_model_that_looks_back_scores_one(shards: TokenShards, tmp_path: Path) -> None:

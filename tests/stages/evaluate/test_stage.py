@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lazypipe.model.checkpoint import load_checkpoint
+from lazypipe.model.loss import next_token_loss
 from lazypipe.stages.contract import Artifact, Interrupted, Outputs, UserError
 from lazypipe.stages.data.shards import TokenShards
 from lazypipe.stages.evaluate import perplexity
@@ -93,7 +94,7 @@ def test_no_more_than_batch_tokens_pass_through_the_model_at_once(
     corpus: Artifact, trained: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    honest = perplexity.next_token_loss
+    honest = next_token_loss
 
     def watched(model: Any, windows: torch.Tensor, *others: Any) -> torch.Tensor:
         sizes.append(windows[:, 1:].numel())

@@ -3,6 +3,7 @@
 The stage alone, in processes of its own; the one below tests/pipeline does the same to whole runs (`make chaos`).
 """
 
+import functools
 import json
 import os
 import random
@@ -48,7 +49,7 @@ def test_a_run_with_accidents_ends_as_the_undisturbed_one(tmp_path: Path, chaos_
     for number, accident in enumerate([*rng.sample(ACCIDENTS, len(ACCIDENTS)), "none"]):
         directory, process = attempt(number)
         metrics = directory / "output" / "metrics.jsonl"
-        wait_until(lambda file=metrics: first_logged_step(file), process.is_alive, "a step")
+        wait_until(functools.partial(first_logged_step, metrics), process.is_alive, "a step")
         assert first_logged_step(metrics) == before + 1, "went on from the newest intact checkpoint"
         if accident != "none":  # two checkpoints on: one to damage, one to fall back on
             wait_for_checkpoint(scratch, before + 2 * EVERY, process.is_alive)

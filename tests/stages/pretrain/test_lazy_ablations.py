@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_an_ablation_goes_through_the_stages(corpus: Artifact, tmp_path: Path, n
     config = config_of(name, pattern)
     learns_and_resumes(config, corpus, tmp_path)
     output = tmp_path / "whole" / "output"
-    mixer = load_checkpoint(output / "checkpoint").model.layers[0].mixer
+    mixer: Any = load_checkpoint(output / "checkpoint").model.layers[0].mixer
     layers = {0} if pattern == "even" else {0, 1}
     logged = metric_lines(context_in(tmp_path / "whole"))[-1]["metrics"]
     for quantity in ("tau", "sparsity"):

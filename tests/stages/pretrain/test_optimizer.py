@@ -1,5 +1,7 @@
 """AdamW's groups and updates, and its state by name."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,7 +71,9 @@ def test_an_update_is_adamw_by_the_book() -> None:
     model = Transformer(LAZY, 11)
     optimizer = build_optimizer(model, config)
     weight = model.layers[0].mixer.q_proj.weight
-    value, m, v = weight.detach().double(), 0.0, 0.0
+    m: Any = 0.0
+    v: Any = 0.0
+    value = weight.detach().double()
     generator = torch.Generator().manual_seed(0)
     for t in range(1, 4):
         for parameter in model.parameters():

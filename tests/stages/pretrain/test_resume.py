@@ -22,7 +22,7 @@ from lazypipe.stages.contract import Artifact, Context, UserError
 from lazypipe.stages.pretrain.checkpoint import saver as checkpoint_saver
 from lazypipe.stages.pretrain.checkpoint.directory import CHECKPOINT_MANIFEST, checkpoint_step, newest_checkpoint
 from lazypipe.stages.pretrain.checkpoint.saver import CheckpointSaver
-from lazypipe.stages.pretrain.checkpoint.state import RunState, run_identity
+from lazypipe.stages.pretrain.checkpoint.state import RunState, run_identity, write_resume_checkpoint
 from lazypipe.stages.pretrain.optimizer import build_optimizer
 from lazypipe.stages.pretrain.parallel import from_first, together
 from lazypipe.stages.random_states import random_states, set_random_states
@@ -130,7 +130,7 @@ def test_random_states_come_back_in_the_middle_of_a_pair_of_gaussians() -> None:
 def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write waits until training has gone three steps on; the next save and the end wait for it."""
     gone_on = threading.Event()
-    write = checkpoint_saver.write_resume_checkpoint
+    write = write_resume_checkpoint
 
     def late(*arguments: Any) -> Any:
         assert gone_on.wait(60)

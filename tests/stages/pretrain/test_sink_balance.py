@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = [1, 9, 4, 9]
 
 
-def importance(mixer: torch.nn.Module, x: Tensor, inputs: BlockInputs, lengths: list[int]) -> Tensor:
+def importance(mixer: Any, x: Tensor, inputs: BlockInputs, lengths: list[int]) -> Tensor:
     """Imp [H] float64 of the normed layer input x [B, L, hidden], one query and one head at a time."""
     q, k = (one.double() for one in mixer.queries_and_keys(x, inputs))
-    totals = []
+    totals: list[Any] = []
     for head in range(4):
         gates = []
         for row in range(x.shape[0]):
@@ -88,7 +89,12 @@ def test_it_keeps_no_matrix_for_the_backward_pass_that_the_attention_would_not()
     model, largest = awake(tiny("sink", num_layers=1)), {}
     for asked in (False, True):
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             (model.hidden_and_head_mass if asked else model.hidden)(some_tokens(1, 512))
         largest[asked] = max(sizes)
     assert largest[True] == largest[False] < 4 * 512 * 512

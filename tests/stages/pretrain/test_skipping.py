@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ def test_a_spike_is_beyond_k_sigma_of_the_last_finite_steps() -> None:
     norms[120], norms[121] = 9.0, math.nan
     config = PretrainConfig(spike_sigma=2.0, spike_window=16)
     taken, state = verdicts(config, losses, norms)
-    expected, window = [], []
+    expected: list[Any] = []
+    window: list[Any] = []
     for loss, norm in zip(losses, norms, strict=True):
         finite = math.isfinite(loss) and math.isfinite(norm)
         full = len(window) == 16

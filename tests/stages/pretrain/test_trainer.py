@@ -89,7 +89,7 @@ def expected_gradient(weight: Tensor, numbers: tuple[int, ...]) -> tuple[float, 
     weight = weight.detach().clone().requires_grad_()
     windows = torch.from_numpy(np.concatenate([ToyBatches().training(number) for number in numbers]))
     loss = F.cross_entropy(weight[windows[:, :-1]].flatten(0, 1), windows[:, 1:].flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert weight.grad is not None
     return loss.item(), weight.grad
 
@@ -183,7 +183,7 @@ def test_steps_that_were_logged_before_a_resume_are_not_logged_again(tmp_path: P
 
 def test_a_stop_saves_at_the_end_of_the_step(tmp_path: Path) -> None:
     class Asked(Context):
-        stop_requested = True  # type: ignore[assignment]
+        stop_requested = True
 
     trainer, saves = toy(tmp_path)
     trainer.context = Asked(trainer.context.output_dir, trainer.context.scratch_dir)

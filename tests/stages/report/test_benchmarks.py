@@ -45,7 +45,7 @@ def test_the_page_has_the_table_only_where_there_are_benchmarks(tmp_path: Path) 
     report.run(ReportConfig(), inputs, context)
     assert "## Benchmarks" not in (context.output_dir / "report.md").read_text(encoding="utf-8")
     with_tasks(inputs["evaluate/lazy"], [row("piqa", "acc", 0.625, 0.01, True)])
-    inputs["evaluate/lazy"].manifest["metrics"]["piqa/acc"] = 0.625  # type: ignore[index]
+    inputs["evaluate/lazy"].manifest["metrics"]["piqa/acc"] = 0.625
     context = context_in(tmp_path / "with")
     outputs = report.run(ReportConfig(), inputs, context)
     page = (context.output_dir / "report.md").read_text(encoding="utf-8")

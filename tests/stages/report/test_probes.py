@@ -112,9 +112,9 @@ def test_the_figure_draws_every_model_probe_and_depth() -> None:
         "copy: text again",
         "needle at 64 tokens",
     ]
-    by_depth = panels[2].containers
+    by_depth: Any = panels[2].containers
     assert [container.lines[0].get_ydata().tolist() for container in by_depth] == [[0.0, 0.5], [0.25, 0.75]]
-    mean = panels[0].containers
+    mean: Any = panels[0].containers
     assert [container.lines[0].get_ydata().tolist() for container in mean] == [[0.25, 0.25], [0.5, 0.5]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "lazy",

@@ -260,7 +260,8 @@ def test_one_variant_without_loss_still_makes_a_page(tmp_path: Path) -> None:
 
 
 def test_twenty_variants(tmp_path: Path) -> None:
-    losses = {f"lazy_{index}": 4 + index / 10 for index in range(19)} | {"standard": 4.05}
+    losses: dict[str, float | None] = {f"lazy_{index}": 4 + index / 10 for index in range(19)}
+    losses["standard"] = 4.05
     _, folder = run(tmp_path, upstream(tmp_path, losses))
     found = stored(folder)
     assert [row["variant"] for row in found["rows"]] == list(losses)

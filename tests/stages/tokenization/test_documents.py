@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +24,8 @@ WORDS = st.text(st.sampled_from("ab1 .\n\r\té日<|>"), max_size=60)
 
 def documents(path: Path, layout: Layout = TEXT, unit_bytes: int = 10**9, piece_bytes: int = 2**20) -> list[str]:
     name = path.name.removesuffix(".gz")
-    kind = {"txt": "text", "jsonl": "jsonl", "parquet": "parquet"}[name.rsplit(".", 1)[1]]
-    file = SourceFile(path, kind, path.name.endswith(".gz"))
+    kinds: dict[str, Literal["text", "jsonl", "parquet"]] = {"txt": "text", "jsonl": "jsonl", "parquet": "parquet"}
+    file = SourceFile(path, kinds[name.rsplit(".", 1)[1]], path.name.endswith(".gz"))
     found, text = [], ""
     for unit in plan_units([(file, path.stat().st_size)], layout, unit_bytes):
         for part in unit:

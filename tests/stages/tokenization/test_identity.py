@@ -15,6 +15,7 @@ import pytest
 
 import lazypipe.stages.data.source_files as source_files
 from lazypipe.stages.contract import UserError, file_sha256
+from lazypipe.stages.data.sources import FilesSource
 from lazypipe.stages.tokenization.config import TokenizeConfig
 from lazypipe.stages.tokenization.identity import check_source, corpus_fingerprint, pin, source_identity
 
@@ -127,6 +128,7 @@ def test_overlapping_globs_and_links_name_a_file_once(tmp_path):
         (tmp_path / name).write_text(name)
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     config = files_config(tmp_path / "b file.txt", tmp_path / "*.txt", f"{tmp_path}/../{tmp_path.name}/a.txt")
+    assert isinstance(config.source, FilesSource)
     found = source_files.source_files(config.source)
     assert [file.path.name for file in found] == ["b file.txt", "a.txt"]
 

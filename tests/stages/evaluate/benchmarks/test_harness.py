@@ -79,7 +79,8 @@ def test_log_likelihoods_of_every_mechanism_whatever_the_batches(mixer: str, wor
     pairs = random_pairs()
     requests = instances("loglikelihood", [(text(context), " " + text(after)) for context, after in pairs])
     expected = [by_hand(model, context, after) for context, after in pairs]
-    for sizes in ({"batch_size": 1}, {"batch_size": 5}, {"batch_tokens": 10_000}):
+    batches: list[dict[str, Any]] = [{"batch_size": 1}, {"batch_size": 5}, {"batch_tokens": 10_000}]
+    for sizes in batches:
         adapter = HarnessModel(model, words, EOS, **sizes)
         found = adapter.loglikelihood(requests)
         assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=2e-4), sizes
@@ -221,7 +222,7 @@ def harness_command_line(folder: Path, files: dict[str, str], tasks: tuple[str, 
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         original = tasks_folder() / FILES[task]
         tested = "test_split: test" in original.read_text(encoding="utf-8") or task == "arc_challenge"
-        splits = {"training_split": None, "validation_split": None, "test_split": None}
+        splits: dict[str, str | None] = {"training_split": None, "validation_split": None, "test_split": None}
         splits["test_split" if tested else "validation_split"] = "train"
         local = {
             "include": str(original),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_the_one_before_goes_only_after_the_new_one_is_committed(
         return call
 
     monkeypatch.setattr(Path, "rename", spied(Path.rename))
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", spied(checkpoints.shutil.rmtree))
+    monkeypatch.setattr(shutil, "rmtree", spied(shutil.rmtree))
     save(tmp_path, 20, keep=1)
     assert len(seen) >= 6 and None not in seen
     assert steps(tmp_path) == [20]
