@@ -1,9 +1,9 @@
 """Which of the project's files the code of a stage consists of, and a digest of what they say.
 
 Files are parsed and never executed. A file belongs to a stage when the module of its function imports it: directly or
-through others, at the top of a file or inside a function, or by a text "lazypipe.module:Name", as tables of lazily
-imported classes hold. Only files that compute results count (stages, model, kernels); what stands under
-`if TYPE_CHECKING:` is no import.
+through others, at the top of a file or inside a function. Code that imports torch also builds what tables name by a
+text "lazypipe.module:Name", the classes of mechanisms; a report reads such a table and builds none of them. Only files
+that compute results count (stages, model, kernels); what stands under `if TYPE_CHECKING:` is no import.
 
 The digest is that of syntax trees without docstrings, comments and layout, so that rewording changes nothing.
 """
@@ -24,6 +24,7 @@ from lazypipe.stages.contract import write_atomically
 CACHE_FILE = "syntax_trees.json"
 ROOMS = ("stages", "model", "kernels")  # the pipeline decides when and where, not what
 NAMED = re.compile(r"lazypipe((?:\.\w+)+)(?::\w+)?")
+TEXT, TORCH = "text:", "torch"  # before a name that a text mentions; among the names of a file that imports torch
 NOT_CODE = frozenset({"ctx", "kind", "type_comment"})  # fields of a syntax tree that repeat others or say nothing
 
 
@@ -42,7 +43,7 @@ class SyntaxTrees:
                 self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
 
     def read(self, path: Path) -> tuple[str, list[str]]:
-        """(digest, sorted names below `lazypipe`) of a file."""
+        """(digest, sorted names below `lazypipe`, TORCH if it imports torch) of a file."""
         source = path.read_bytes()
         key = hashlib.sha256(source).hexdigest()
         if key not in self._known:
@@ -70,7 +71,15 @@ def stage_digest(package: Path, function: str, trees: SyntaxTrees) -> str:
 
 def stage_files(package: Path, function: str, trees: SyntaxTrees) -> dict[Path, tuple[str, list[str]]]:
     """The files of a stage's code with what `trees` says of them; `package` and `function` as in `stage_digest`."""
-    waiting = list(_files_of(package, function.partition(":")[0].removeprefix("lazypipe.")))
+    module = function.partition(":")[0].removeprefix("lazypipe.")
+    reached = _reached(package, module, trees, follow_texts=False)
+    if any(TORCH in names for _, names in reached.values()):
+        return _reached(package, module, trees, follow_texts=True)
+    return reached
+
+
+def _reached(package: Path, module: str, trees: SyntaxTrees, follow_texts: bool) -> dict[Path, tuple[str, list[str]]]:
+    waiting = list(_files_of(package, module))
     reached: dict[Path, tuple[str, list[str]]] = {}
     while waiting:
         path = waiting.pop()
@@ -78,7 +87,8 @@ def stage_files(package: Path, function: str, trees: SyntaxTrees) -> dict[Path, 
             continue
         reached[path] = trees.read(path)
         for name in reached[path][1]:
-            waiting += _files_of(package, name)
+            if follow_texts or not name.startswith(TEXT):
+                waiting += _files_of(package, name.removeprefix(TEXT))
     return reached
 
 
@@ -141,6 +151,7 @@ def _imported(node: ast.AST) -> Iterator[str]:
             yield from _imported(statement)
         return
     if isinstance(node, ast.Import):
+        yield from (TORCH for alias in node.names if alias.name.partition(".")[0] == TORCH)
         yield from (alias.name.removeprefix("lazypipe.") for alias in node.names if alias.name.startswith("lazypipe."))
     elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lazypipe."):
         module = (node.module or "").removeprefix("lazypipe.")
@@ -151,6 +162,6 @@ def _imported(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
         named = NAMED.fullmatch(node.value)
         if named is not None:
-            yield named[1].removeprefix(".")
+            yield TEXT + named[1].removeprefix(".")
     for child in ast.iter_child_nodes(node):
         yield from _imported(child)

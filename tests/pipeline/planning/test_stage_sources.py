@@ -108,12 +108,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lazypipe.model.costs
 def later():
+    import torch.nn
     from lazypipe.stages.data.shards import TokenShards
 ROW = {"source": "lazypipe.model.mixers.lazy:LazyAttention", "text": "see lazypipe.model.rope for more"}
 """
     assert parsed(source)[1] == [
-        *("kernels", "model.config", "model.mixers.lazy"),
+        *("kernels", "model.config"),
         *("stages", "stages.data.shards", "stages.data.shards.TokenShards", "stages.figures"),
+        *("text:model.mixers.lazy", "torch"),
     ]
 
 
