@@ -133,7 +133,7 @@ def check_whole_model(config: ModelConfig) -> None:
 
 LAZY_ABLATIONS = ("lazy_bias", "lazy_rope", "lazy_elastic", "lazy_tau_scope", "lazy_threshold")
 
-ROWS = (
+MIXER_ROWS = (
     Mechanism(
         name=STANDARD,
         description="causal softmax attention with RoPE",
@@ -327,7 +327,7 @@ BASELINE_ROWS = (
     ),
 )
 
-MIXERS: dict[str, Mechanism] = {row.name: row for row in ROWS}
+MIXERS: dict[str, Mechanism] = {row.name: row for row in MIXER_ROWS}
 BASELINES: dict[str, Mechanism] = {row.name: row for row in BASELINE_ROWS}
 MECHANISMS: dict[str, Mechanism] = MIXERS | BASELINES
 
